@@ -1,0 +1,135 @@
+# `make help` lists the targets. `make test` and `make demo` each work alone on a fresh clone.
+# PYTHON=python3.12 make venv   chooses the interpreter (3.11 by default); an environment of another version is replaced.
+# JOBS=4 PYTEST_ARGS='-k philox' make test
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU_PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(notdir $(PYTHON))
+# Constraints keep pip from ever replacing the torch that is there (on Linux the default one brings gigabytes of CUDA).
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell grep '^torch==' constraints.txt)
+# One thread per worker: the workers already fill the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 16
+
+.PHONY: venv
+venv: $(STAMP) ## .venv with torch and this project, editable, with its tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@version='import sys; print("%d.%d" % sys.version_info[:2])'; \
+	want=$$($(PYTHON) -c "$$version"); have=$$($(BIN)/python -c "$$version" 2>/dev/null || true); \
+	if [ "$$want" != "$$have" ]; then \
+		echo "creating $(VENV) with Python $$want"; \
+		if [ -e $(VENV)/pyvenv.cfg ]; then $(PYTHON) -m venv --clear $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
+	fi
+	$(PIP) install -c constraints.txt $(TORCH)
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: venv ## the embedded model, vanilla against exploratory sampling
+	$(BIN)/esamp demo
+
+.PHONY: test
+test: venv ## all tests; without a GPU the kernels run in Triton's interpreter (tests/conftest.py sets it)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: ## all tests with compiled kernels, in the system's Python; installs nothing
+	env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_ARGS)
+
+.PHONY: check-kernels
+check-kernels: venv ## compile every kernel and configuration for GPUs that need not be here; spills, shared memory, loads
+	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
+	TRITON_CACHE_DIR="$$cache" PYTHONPATH=. $(ONE_THREAD) $(BIN)/python tests/check_kernels.py
+
+.PHONY: lint
+lint: venv ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: venv ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: venv ## mypy, strict, on the library
+	$(BIN)/mypy
+
+# Every file of the tree is in both archives, as a file and not as a link.
+define CHECK_ARCHIVES
+import os, pathlib, tarfile, zipfile
+kinds = (".py", ".typed", ".json", ".safetensors", ".md")
+tree = {os.path.join(base, name) for base, _, names in os.walk("esamp_core", followlinks=True)
+        for name in names if name.endswith(kinds)}
+(wheel,), (sdist,) = (list(pathlib.Path("dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+inside = set(zipfile.ZipFile(wheel).namelist())
+with tarfile.open(sdist) as tar:
+    source = {member.name.split("/", 1)[-1]: member for member in tar.getmembers()}
+links = [name for name, member in source.items() if member.issym()]
+missing = {wheel.name: sorted(tree - inside), sdist.name: sorted(tree - set(source))}
+extra = sorted(name for name in inside if not name.startswith(("esamp_core/", "esamp_core-")))
+if links or extra or any(missing.values()):
+    raise SystemExit(f"archives differ from the tree: missing {missing}, links {links}, stray {extra}")
+print(f"{wheel.name} and {sdist.name} hold all {len(tree)} files ({wheel.stat().st_size / 1e6:.1f} MB)")
+endef
+export CHECK_ARCHIVES
+
+# Every module can be imported from the installed wheel; a binding may lack its engine.
+define CHECK_INSTALLED
+import importlib, pathlib, pkgutil, sys
+import esamp_core
+assert pathlib.Path(esamp_core.__file__).is_relative_to(sys.prefix), esamp_core.__file__
+names = [module.name for module in pkgutil.walk_packages(esamp_core.__path__, "esamp_core.")]
+for room in ("kernels", "bindings"):
+    package = importlib.import_module(f"esamp_core.{room}")
+    names += [module.name for module in pkgutil.iter_modules(package.__path__, f"esamp_core.{room}.")]
+for name in dict.fromkeys(names):
+    if name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith("esamp_core.bindings.") or str(error.name).split(".")[0] != "vllm":
+            raise
+print(f"{len(set(names))} modules of esamp_core {esamp_core.__version__} import from the wheel")
+endef
+export CHECK_INSTALLED
+
+.PHONY: dist
+dist: venv ## sdist, the wheel built from it, and a trial of the wheel in a clean environment elsewhere
+	rm -rf build dist esamp_core.egg-info
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --quiet
+	@$(BIN)/python -c "$$CHECK_ARCHIVES"
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	pip="$$tmp/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$(BIN)/python -m venv "$$tmp/venv"; \
+	$$pip install -c constraints.txt $(TORCH); \
+	$$pip install -c constraints.txt dist/*.whl; \
+	$$pip check; \
+	cd "$$tmp"; unset PYTHONPATH; export PATH="$$tmp/venv/bin:$$PATH"; \
+	echo "in a clean environment, away from the tree:"; python -c "$$CHECK_INSTALLED"; \
+	echo "esamp doctor"; esamp doctor; echo "esamp demo --quick"; esamp demo --quick
+
+.PHONY: clean
+clean: ## remove build outputs and caches, keep .venv
+	rm -rf build dist esamp_core.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find esamp_core kernels bindings bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: clean-venv
+clean-venv: ## remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,344 @@
+"""The floor plan: who may import whom, how long a file may be, where the links point; and what conftest.py promises."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "esamp_core", "bindings", "bench", "tests")
+MAX_LINES = 400
+
+# What each room may import of the others: kernels <- esamp_core <- bindings <- bench, tests.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "esamp_core": {"kernels", "esamp_core"},
+    "bindings": {"kernels", "esamp_core", "bindings"},
+    "bench": {"kernels", "esamp_core", "bindings", "bench"},
+    "tests": set(ROOMS),
+}
+KERNEL_LIBRARIES = ("__future__", "collections", "dataclasses", "functools", "math", "os", "torch", "triton", "typing")
+# The one door to the kernels; esamp_core.ops opens it only when the triton backend is chosen.
+OPS_LAYER = ("esamp_core.triton_backend",)
+# `import esamp_core.sample` needs none of these.
+OPTIONAL = ("transformers", "triton", "typer", "rich")
+
+
+class Import(NamedTuple):
+    """One imported name. `when`: "import" (runs with the module), "call" (inside a function), "typing" (never runs)."""
+
+    name: str
+    line: int
+    when: str
+
+
+def is_under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def room_of(module: str) -> str | None:
+    """The room of a dotted module name, None for someone else's module. The bare folder names are not ours."""
+    for room in ("kernels", "bindings"):
+        if is_under(module, f"esamp_core.{room}"):
+            return room
+    top = module.split(".")[0]
+    return top if top in ("esamp_core", "bench", "tests") else None
+
+
+def absolute(module: str, level: int, package: str) -> str:
+    """`from ..x` as seen from `package`, in full."""
+    if level == 0:
+        return module
+    parents = package.split(".")
+    return ".".join([*parents[: len(parents) - level + 1], *([module] if module else [])])
+
+
+def imports_of(source: str, module: str, is_package: bool = False) -> list[Import]:
+    """All imports of a source text, `from a import b` as "a.b", and those by importlib with a literal name."""
+    package = module if is_package else module.rpartition(".")[0]
+    found: list[Import] = []
+
+    def visit(node: ast.AST, when: str) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, when) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = absolute(node.module or "", node.level, package)
+            found.extend(Import(f"{origin}.{alias.name}", node.lineno, when) for alias in node.names)
+        elif isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func)):
+            name = literal_start(node.args[0]) if node.args else ""
+            dots = len(name) - len(name.lstrip("."))
+            found.append(Import(absolute(name[dots:], dots, package).rstrip("."), node.lineno, when))
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.body:
+                visit(child, "typing")
+            for child in node.orelse:
+                visit(child, when)
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            # Decorators and defaults run with the module, the body does not.
+            body = node.body if isinstance(node.body, list) else [node.body]
+            for child in ast.iter_child_nodes(node):
+                visit(child, "call" if child in body and when == "import" else when)
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child, when)
+
+    visit(ast.parse(source), "import")
+    return found
+
+
+def literal_start(node: ast.expr) -> str:
+    """The literal text that a string or f-string begins with."""
+    if isinstance(node, ast.JoinedStr) and node.values:
+        return literal_start(node.values[0])
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def check_imports(source: str, module: str, room: str, is_package: bool = False) -> list[str]:
+    """Every breach of the floor plan by one file, as text."""
+    breaches = []
+    for name, line, _ in imports_of(source, module, is_package):
+        where = f"{module}:{line} imports {name}"
+        target = room_of(name)
+        if is_under(name, "kernels") or is_under(name, "bindings"):
+            breaches.append(f"{where}: the bare name is another project's package")
+        elif target is not None and target not in MAY_IMPORT[room]:
+            breaches.append(f"{where}: {room} may not import {target}")
+        elif target == "kernels" and room == "esamp_core" and module not in OPS_LAYER:
+            breaches.append(f"{where}: only {', '.join(OPS_LAYER)} may import kernels")
+        elif target is None and room == "kernels" and name.split(".")[0] not in KERNEL_LIBRARIES:
+            breaches.append(f"{where}: kernels import only {', '.join(KERNEL_LIBRARIES)} and each other")
+        elif is_under(name, "vllm") and room != "bindings":
+            breaches.append(f"{where}: only bindings may import vllm")
+    return breaches
+
+
+def check_length(source: str, name: str) -> list[str]:
+    lines = len(source.splitlines())
+    return [f"{name} has {lines} lines, more than {MAX_LINES}"] if lines > MAX_LINES else []
+
+
+def loaded_with(start: str, modules: dict[str, list[Import]]) -> dict[str, str]:
+    """Everything that `import start` imports by way of `modules`, each name with the module that asks for it."""
+    reached: dict[str, str] = {start: "the caller"}
+    queue = [start]
+    while queue:
+        module = queue.pop()
+        names = [(entry.name, module) for entry in modules.get(module, []) if entry.when == "import"]
+        names += [(module.rpartition(".")[0], module)]  # the parent package's __init__ runs too
+        for name, asker in names:
+            if name and name not in reached:
+                reached[name] = asker
+                queue.append(name)
+    return reached
+
+
+class File(NamedTuple):
+    path: Path
+    room: str
+    module: str
+
+    @property
+    def source(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def is_package(self) -> bool:
+        return self.path.name == "__init__.py"
+
+
+def files(root: Path = ROOT) -> Iterator[File]:
+    """All Python files of the rooms, the linked folders once, where they really are."""
+    for room in ROOMS:
+        for base, folders, names in os.walk(root / room):  # does not follow links
+            folders[:] = [folder for folder in folders if not folder.startswith((".", "__pycache__"))]
+            for name in sorted(names):
+                path = Path(base, name)
+                if path.suffix == ".py":
+                    parts = path.relative_to(root).with_suffix("").parts
+                    parts = parts[:-1] if parts[-1] == "__init__" else parts
+                    prefix = "esamp_core." if room in ("kernels", "bindings") else ""
+                    yield File(path, room, prefix + ".".join(parts))
+
+
+FILES = list(files())
+
+
+def breach_texts(breaches: Iterable[str]) -> str:
+    return "\n".join(breaches)
+
+
+# --- the tree -------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_found() -> None:
+    modules = {file.module for file in FILES}
+    assert {"esamp_core", "esamp_core.sample", "tests.test_floor_plan"} <= modules
+    assert len(modules) == len(FILES)
+
+
+def test_imports_go_one_way() -> None:
+    breaches = [text for file in FILES for text in check_imports(file.source, file.module, file.room, file.is_package)]
+    assert not breaches, breach_texts(breaches)
+
+
+def test_no_file_is_long() -> None:
+    breaches = [text for file in FILES for text in check_length(file.source, str(file.path.relative_to(ROOT)))]
+    assert not breaches, breach_texts(breaches)
+
+
+def test_sample_reaches_no_optional_package() -> None:
+    modules = {file.module: imports_of(file.source, file.module, file.is_package) for file in FILES}
+    reached = loaded_with("esamp_core.sample", modules)
+    assert "esamp_core" in reached and "torch" in reached
+    found = {name: asker for name, asker in reached.items() if name.split(".")[0] in OPTIONAL}
+    assert not found
+
+
+@pytest.mark.parametrize("room", ["kernels", "bindings"])
+def test_linked_folder(room: str) -> None:
+    link = ROOT / "esamp_core" / room
+    assert link.is_symlink() and os.readlink(link) == f"../{room}"
+    assert not (ROOT / room / "__init__.py").exists()
+
+
+def test_all_packages_are_shipped() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = {file.module for file in FILES if file.is_package and file.room == "esamp_core"}
+    folders = {file.module.rpartition(".")[0] for file in FILES if file.room in ("esamp_core", "kernels", "bindings")}
+    assert set(declared) == (packages | folders | {"esamp_core.kernels", "esamp_core.bindings"}) - {""}
+
+
+def import_without(blocked: Iterable[str], statement: str) -> subprocess.CompletedProcess[str]:
+    """Run `statement` in a Python where importing a blocked package fails."""
+    program = f"""
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {set(blocked)!r}:
+                    raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+        sys.meta_path.insert(0, Blocker())
+        {statement}
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+
+
+def test_sample_needs_no_optional_package() -> None:
+    result = import_without(OPTIONAL, "import esamp_core.sample")
+    assert result.returncode == 0, result.stderr
+
+
+# --- the checks can fail --------------------------------------------------------------------------------------------
+
+
+def test_blocker_blocks() -> None:
+    result = import_without(["fractions"], "import fractions")
+    assert result.returncode != 0 and "fractions is blocked" in result.stderr
+
+
+OFFENDERS = [
+    ("kernels", "esamp_core.kernels.x", "import numpy", "kernels import only"),
+    ("kernels", "esamp_core.kernels.x", "from esamp_core.errors import ShapeError", "may not import esamp_core"),
+    ("kernels", "esamp_core.kernels.x", "from ..errors import ShapeError", "may not import esamp_core"),
+    ("esamp_core", "esamp_core.sample", "from esamp_core.kernels.draw import draw_triton", "may import kernels"),
+    ("esamp_core", "esamp_core.ops", "from .kernels import draw", "may import kernels"),
+    ("esamp_core", "esamp_core.sample", "class A:\n    import esamp_core.kernels.draw", "may import kernels"),
+    ("esamp_core", "esamp_core.sample", "try:\n    from esamp_core import kernels\nfinally: pass", "import kernels"),
+    ("esamp_core", "esamp_core.reference", "def f():\n    import esamp_core.kernels.draw", "may import kernels"),
+    ("esamp_core", "esamp_core.decoder", "from importlib import import_module as i\nimport kernels.x", "bare name"),
+    ("esamp_core", "esamp_core.cli", "def f():\n    from esamp_core.bindings import hf", "may not import bindings"),
+    ("esamp_core", "esamp_core.cli", "def f(n):\n    import_module(f'esamp_core.bindings.{n}')", "import bindings"),
+    ("esamp_core", "esamp_core.cli", "def f():\n    importlib.import_module('.bindings.hf', __package__)", "bindings"),
+    ("esamp_core", "esamp_core.cli", "import tests.conftest", "may not import tests"),
+    ("esamp_core", "esamp_core.cli", "if TYPE_CHECKING:\n    from vllm import LLM", "only bindings may import vllm"),
+    ("bindings", "esamp_core.bindings.hf", "from bench import peers", "may not import bench"),
+    ("bindings", "esamp_core.bindings.hf", "import bindings.common", "bare name"),
+    ("bench", "bench.overhead", "from tests.conftest import poison_", "may not import tests"),
+    ("tests", "tests.test_x", "def test():\n    from kernels import draw", "bare name"),
+]
+
+RESIDENTS = [
+    ("kernels", "esamp_core.kernels.x", "import triton.language as tl\nimport math, torch\nfrom . import common"),
+    ("esamp_core", "esamp_core.triton_backend", "from esamp_core.kernels.draw import draw_triton"),
+    ("esamp_core", "esamp_core.sample", "import kernelsmith"),
+    ("bindings", "esamp_core.bindings.vllm_plugin", "from vllm import LLM\nfrom esamp_core.sample import Explorer"),
+    ("tests", "tests.test_x", "import esamp_core.kernels.draw\nfrom bench import overhead"),
+]
+
+
+@pytest.mark.parametrize(("room", "module", "source", "complaint"), OFFENDERS)
+def test_offender_is_caught(room: str, module: str, source: str, complaint: str) -> None:
+    breaches = check_imports(source, module, room)
+    assert len(breaches) == 1 and complaint in breaches[0], breaches
+
+
+@pytest.mark.parametrize(("room", "module", "source"), RESIDENTS)
+def test_resident_is_left_alone(room: str, module: str, source: str) -> None:
+    assert check_imports(source, module, room) == []
+
+
+def test_long_file_is_caught() -> None:
+    assert check_length("x = 1\n" * MAX_LINES, "x.py") == []
+    assert check_length("x = 1\n" * (MAX_LINES + 1), "x.py") == ["x.py has 401 lines, more than 400"]
+
+
+def test_reachability_finds_indirect_imports() -> None:
+    sources = {
+        "esamp_core": "",
+        "esamp_core.sample": "from esamp_core.bank import Bank\ndef f():\n    import rich",
+        "esamp_core.bank": "if TYPE_CHECKING:\n    import typer\nimport transformers.utils",
+    }
+    reached = loaded_with("esamp_core.sample", {name: imports_of(text, name) for name, text in sources.items()})
+    assert reached["transformers.utils"] == "esamp_core.bank"
+    assert "rich" not in reached and "typer" not in reached
+
+
+def test_links_are_not_walked_twice(tmp_path: Path) -> None:
+    for room in ("kernels", "esamp_core"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "x.py").write_text("")
+    (tmp_path / "esamp_core" / "kernels").symlink_to("../kernels")
+    assert [file.module for file in files(tmp_path)] == ["esamp_core.kernels.x", "esamp_core.x"]
+
+
+# --- what conftest.py promises --------------------------------------------------------------------------------------
+
+
+def test_uninitialised_memory_is_nan(device: str) -> None:
+    like = torch.zeros(3, 5, device=device)
+    for tensor in (
+        torch.empty(3, 5, device=device),
+        torch.empty(3, device=device, dtype=torch.bfloat16, requires_grad=True),
+        torch.empty_like(like),
+        torch.empty_strided((2, 3), (6, 2), device=device),
+        like.new_empty(7),
+        like.new_empty_strided((2, 3), (3, 1)),
+    ):
+        assert tensor.isnan().all()
+    assert (torch.empty(4, dtype=torch.int64, device=device) == 2**63 - 1).all()
+    assert torch.empty(4, dtype=torch.bool, device=device).all()
+    assert torch.empty(0, device=device).numel() == 0
+
+
+def test_poison_keeps_the_meta_device() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.nn.Linear(2, 3).weight.is_meta
+
+
+def test_interpreter_without_gpu() -> None:
+    assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
