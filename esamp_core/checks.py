@@ -1,0 +1,117 @@
+"""Checks of arguments that many public functions share.  Each raises ArgumentError with what it received."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esamp_core import reference
+from esamp_core.config import FILTER_ORDERS, SamplingParams, is_int, require
+from esamp_core.errors import ArgumentError
+from esamp_core.structures import Candidates, DistillerWeights, Head, RowGroups, RowParams
+
+Params = SamplingParams | Sequence[SamplingParams] | RowParams
+MAX_VOCAB = 2**31 - 1
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def check_tensor(
+    name: str, value: object, shape: tuple[int | None, ...], device: torch.device | None, kind: str = "float"
+) -> None:
+    """shape: None matches any size.  kind: float, int or bool."""
+    fits = isinstance(value, Tensor) and value.dim() == len(shape)
+    if isinstance(value, Tensor) and fits:
+        fits = all(want is None or want == got for want, got in zip(shape, value.shape, strict=True))
+        is_float, is_bool = value.is_floating_point(), value.dtype == torch.bool
+        fits &= {"float": is_float, "bool": is_bool, "int": not (is_float or is_bool or value.is_complex())}[kind]
+        fits &= device is None or value.device == device
+    if not fits:
+        sizes = ", ".join("any" if s is None else str(s) for s in shape)
+        where = "" if device is None else f" on {device}"
+        raise ArgumentError(f"{name} must be a {kind} tensor [{sizes}]{where}, got {describe(value)}")
+
+
+def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:
+    check_tensor(name, logits, (None, None), None)
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ArgumentError(f"{name} must be float32, bfloat16 or float16, got {describe(logits)}")
+    if like is not None:
+        check_tensor(name, logits, tuple(like.shape), like.device)
+    elif not 1 <= logits.shape[1] <= MAX_VOCAB:
+        raise ArgumentError(f"{name} must have a vocabulary of 1..{MAX_VOCAB} tokens, got {describe(logits)}")
+
+
+def check_params(params: Params, rows: int, device: torch.device) -> RowParams:
+    resolved = RowParams.of(params, rows, device)
+    # Values on a GPU would cost a wait; the op flags such rows instead (Status.INVALID_PARAMS).
+    if isinstance(params, RowParams) and device.type == "cpu":
+        wrong = reference.invalid_params(resolved)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            values = {name: column[row].item() for name, column in zip(resolved._fields, resolved, strict=True)}
+            raise ArgumentError(f"params of row {row} are out of range (see SamplingParams): {values}")
+    return resolved
+
+
+def check_row_integers(name: str, value: Tensor | int, rows: int, device: torch.device) -> Tensor:
+    if isinstance(value, int) and is_int(value):
+        require(-(2**63) <= value < 2**63, name, "fit in int64", value)
+        return torch.full((rows,), value, dtype=torch.int64, device=device)
+    check_tensor(name, value, (rows,), device, "int")
+    assert isinstance(value, Tensor)
+    return value.long()
+
+
+def check_options(filter_order: str, max_candidates: int) -> None:
+    require(filter_order in FILTER_ORDERS, "filter_order", f"be one of {FILTER_ORDERS}", filter_order)
+    ok = is_int(max_candidates) and 1 <= max_candidates <= 1024
+    require(ok, "max_candidates", "be an integer in 1..1024", max_candidates)
+
+
+def check_active(active: Tensor | None, rows: int, device: torch.device) -> None:
+    if active is not None:
+        check_tensor("active", active, (rows,), device, "bool")
+
+
+def check_candidates(candidates: Candidates) -> tuple[int, int, torch.device]:
+    require(isinstance(candidates, Candidates), "candidates", "come from select_candidates", type(candidates).__name__)
+    check_tensor("candidates.token_ids", candidates.token_ids, (None, None), None, "int")
+    (rows, width), device = candidates.token_ids.shape, candidates.token_ids.device
+    check_tensor("candidates.logits", candidates.logits, (rows, width), device)
+    for name in ("count", "tie_id", "status"):
+        check_tensor(f"candidates.{name}", getattr(candidates, name), (rows,), device, "int")
+    check_tensor("candidates.threshold", candidates.threshold, (rows,), device)
+    return rows, width, device
+
+
+def check_head(head: Head, direction: Tensor, device: torch.device) -> None:
+    require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
+    if head.weight.device != device:
+        raise ArgumentError(f"head.weight must be on {device}, got {describe(head.weight)}")
+    check_tensor("direction", direction, (None, head.hidden_size), device)
+
+
+def check_weights(weights: DistillerWeights, name: str = "weights") -> tuple[int, int]:
+    """Returns (slots, hidden size)."""
+    require(isinstance(weights, DistillerWeights), name, "be DistillerWeights", type(weights).__name__)
+    check_tensor(f"{name}.up", weights.up, (None, None, None), None)
+    (slots, hidden, rank), device = weights.up.shape, weights.up.device
+    wide, narrow = (slots, hidden, rank), (slots, rank, hidden)
+    shapes = (wide, wide, narrow, (slots, rank), (slots, hidden), (slots, hidden))
+    for field, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
+        check_tensor(f"{name}.{field}", tensor, shape, device)
+    return slots, hidden
+
+
+def check_groups(groups: RowGroups, rows: int, slots: int, device: torch.device) -> None:
+    require(isinstance(groups, RowGroups), "groups", "come from group_rows", type(groups).__name__)
+    size = min(rows, slots)
+    for name, tensor, length in zip(groups._fields, groups, (rows, size, size + 1), strict=True):
+        check_tensor(f"groups.{name}", tensor, (length,), device, "int")

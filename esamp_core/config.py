@@ -1,0 +1,104 @@
+"""Configuration: small frozen dataclasses, checked at birth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from esamp_core.errors import ArgumentError
+
+FilterOrder = Literal["transformers", "vllm"]
+FILTER_ORDERS: tuple[FilterOrder, ...] = ("transformers", "vllm")
+
+# Below this, logits / temperature loses its meaning in float32; 0 means greedy and is exact.
+MIN_TEMPERATURE = 1e-3
+# Anything larger is a mistake, and products with it could leave float32.
+LARGEST = 1e6
+
+
+def require(condition: bool, argument: str, must: str, got: object) -> None:
+    if not condition:
+        raise ArgumentError(f"{argument} must {must}, got {got!r}")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row is sampled.
+
+    temperature: divides the reweighted logits; 0 is argmax, otherwise in [1e-3, 1e6]. Default 1.
+    top_k: keep the k most likely tokens and all ties with the k-th; 0 is off (default).
+    top_p: keep the smallest set of most likely tokens with this much probability, in [1e-6, 1]; 1 is off (default).
+    min_p: keep tokens with at least this fraction of the largest probability, in [0, 1]; 0 is off (default).
+    beta: strength of exploration, ``new = logit + beta * novelty``; 0 is exactly vanilla sampling. Default 0.25
+        (the paper's best on AIME25). With ``DistillerConfig(target="choice")`` it is that rule's gamma.
+    seed: request seed, any 64-bit integer; None (default) draws a fresh one whenever rows are opened.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    beta: float = 0.25
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        ok_temperature = is_real(t) and (t == 0 or MIN_TEMPERATURE <= t <= LARGEST)
+        require(ok_temperature, "temperature", f"be 0 or in [{MIN_TEMPERATURE}, {LARGEST:g}]", t)
+        require(is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "be an integer >= 0 (0 is off)", self.top_k)
+        require(is_real(self.top_p) and 1e-6 <= self.top_p <= 1, "top_p", "be in [1e-6, 1] (1 is off)", self.top_p)
+        require(is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "be in [0, 1] (0 is off)", self.min_p)
+        require(is_real(self.beta) and abs(self.beta) <= LARGEST, "beta", f"be a number in +-{LARGEST:g}", self.beta)
+        ok_seed = self.seed is None or (is_int(self.seed) and -(2**63) <= self.seed < 2**64)
+        require(ok_seed, "seed", "be None or a 64-bit integer", self.seed)
+
+
+@dataclass(frozen=True)
+class DistillerConfig:
+    """The Distiller and its learning rule (see ``reference.distiller_step_`` for the formulas).
+
+    rank: r, width of the gated bottleneck. Default 64.
+    lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default 0.3: of
+        {0.03, 0.1, 0.2, 0.3, 0.5} the lowest error after 64 steps on recorded states of the embedded model, and stable.
+    momentum: 0 (default) is plain SGD; above 0 costs one more buffer of the size of the weights, in float32.
+    clip: bound on the rms over H of a row's error gradient, in units of the deep state's scale. Default 1.
+    target: "deep" learns the deep hidden state (the paper); "choice" learns which tokens siblings draw.
+    weight_dtype: torch.float32 (default) or torch.bfloat16, then updated with stochastic rounding.
+    seed: seed of the start weights, the same for every group. Default 0.
+    deep_scale: s, the rms of the deep hidden state; None (default) measures it on the first learned batch.
+    patience: warn when a group's loss has not fallen after this many updates. Default 256.
+    """
+
+    rank: int = 64
+    lr: float = 0.3
+    momentum: float = 0.0
+    clip: float = 1.0
+    target: Literal["deep", "choice"] = "deep"
+    weight_dtype: torch.dtype = torch.float32
+    seed: int = 0
+    deep_scale: float | None = None
+    patience: int = 256
+
+    def __post_init__(self) -> None:
+        require(is_int(self.rank) and 1 <= self.rank <= 1024, "rank", "be an integer in 1..1024", self.rank)
+        require(is_real(self.lr) and self.lr >= 0, "lr", "be a finite number >= 0 (0 freezes)", self.lr)
+        require(is_real(self.momentum) and 0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum)
+        require(is_real(self.clip) and self.clip > 0, "clip", "be a finite number > 0", self.clip)
+        require(self.target in ("deep", "choice"), "target", 'be "deep" or "choice"', self.target)
+        dtypes = (torch.float32, torch.bfloat16)
+        require(self.weight_dtype in dtypes, "weight_dtype", "be torch.float32 or torch.bfloat16", self.weight_dtype)
+        require(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "be an integer in 0..2^63-1", self.seed)
+        ok_scale = self.deep_scale is None or (is_real(self.deep_scale) and self.deep_scale > 0)
+        require(ok_scale, "deep_scale", "be None or a finite number > 0", self.deep_scale)
+        require(is_int(self.patience) and self.patience >= 1, "patience", "be an integer >= 1", self.patience)
