@@ -1,0 +1,397 @@
+"""The stateful face: rows that join and leave a running batch, and four verbs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esamp_core import ops
+from esamp_core.checks import check_logits, check_options, check_tensor
+from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams, is_int, require
+from esamp_core.distiller import DistillerBank, GroupStats, OnFull
+from esamp_core.errors import ArgumentError, CapacityError, StateError
+from esamp_core.learner import Lane, Learner, default_lane
+from esamp_core.philox import as_int64, row_seeds
+from esamp_core.structures import Draw, Head, RowParams
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the host knows of one running sequence."""
+
+    group: Hashable | None
+    slot: int
+    sample_index: int
+    explores: bool
+
+
+class Rows:
+    """The open sequences of a batch, in its order.  Immutable but for ``active`` and ``positions``, device tensors.
+
+    Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
+    """
+
+    def __init__(
+        self, explorer: Explorer, rows: list[_Row], seeds: Tensor, positions: Tensor, active: Tensor, params: RowParams
+    ) -> None:
+        self._explorer, self._rows, self._current = explorer, rows, True
+        self.seeds = seeds
+        """int64 [R], row seeds."""
+        self.positions = positions
+        """int64 [R], tokens drawn so far; advanced by ``sample``."""
+        self.active = active
+        """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
+        self.params = params
+        slots = torch.tensor([r.slot for r in rows], dtype=torch.int64, device=seeds.device)
+        rank = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=seeds.device)
+        self._groups = ops.group_rows(slots, explorer._bank.max_groups, rank)
+        self._explores = any(r.explores for r in rows)
+        self._grouped = any(r.slot >= 0 for r in rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        state = "" if self._current else ", outdated"
+        return f"Rows({len(self)} rows of {len({r.group for r in self._rows} - {None})} groups{state})"
+
+    @property
+    def groups(self) -> list[Hashable | None]:
+        """Each row's group, as given to ``open``."""
+        return [r.group for r in self._rows]
+
+    @property
+    def sample_index(self) -> list[int]:
+        """Each row's ordinal among its siblings."""
+        return [r.sample_index for r in self._rows]
+
+    def keep(self, which: Sequence[bool] | Sequence[int] | Tensor) -> Rows:
+        """Only these rows, in this order; the others are closed.
+
+        which: R host booleans, or distinct row numbers in any order (a list or a CPU tensor; reading a GPU tensor
+        would stall the batch and is refused).  Call it between ``learn`` and the next ``predict``.
+        """
+        indices = _host_indices(which, len(self))
+        self._explorer._retire(self)
+        kept = set(indices)
+        self._explorer._release([r for i, r in enumerate(self._rows) if i not in kept])
+        index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
+        return Rows(
+            self._explorer,
+            [self._rows[i] for i in indices],
+            self.seeds[index],
+            self.positions[index],
+            self.active[index],
+            self.params.take(index),
+        )
+
+    def __add__(self, other: Rows) -> Rows:
+        """These rows, then those."""
+        if not isinstance(other, Rows):
+            return NotImplemented
+        if self is other or self._explorer is not other._explorer:
+            raise ArgumentError("rows + rows must be two different Rows of one Explorer")
+        self._explorer._retire(self)
+        self._explorer._retire(other)
+        return Rows(
+            self._explorer,
+            self._rows + other._rows,
+            torch.cat([self.seeds, other.seeds]),
+            torch.cat([self.positions, other.positions]),
+            torch.cat([self.active, other.active]),
+            RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
+        )
+
+
+def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> list[int]:
+    if isinstance(which, Tensor) and which.device.type != "cpu":
+        raise ArgumentError(f"which must be on the host, got a tensor on {which.device}")
+    values = which.tolist() if hasattr(which, "tolist") else list(which)
+    if values and all(isinstance(v, bool) for v in values):
+        if len(values) != rows:
+            raise ArgumentError(f"which must have one boolean per row ({rows}), got {len(values)}")
+        return [i for i, v in enumerate(values) if v]
+    if not all(is_int(v) and 0 <= v < rows for v in values) or len(set(values)) != len(values):
+        raise ArgumentError(f"which must be booleans or distinct row numbers below {rows}, got {values!r}")
+    return values
+
+
+class Explorer:
+    """Exploratory sampling for a running batch: ``open``, then ``predict``, ``sample``, ``learn`` every step.
+
+    head: the model's output head; its device is the Explorer's.
+    hidden_size: H of the shallow and deep hidden states.
+    config: the Distiller and its learning rule.
+    max_groups: Distiller slots, S.  max_rows: most rows open at once.
+    max_candidates: C, tokens scored per row, 1..1024; the others keep their own logit.
+    filter_order: "transformers" or "vllm", see ``select_candidates``.
+    on_full: "error", or "evict" the least recently used idle group, when a new group finds no slot.
+    lane: where learning runs; default a second CUDA stream, or in line on the CPU.
+
+    Not thread-safe.  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden_size: int,
+        config: DistillerConfig | None = None,
+        *,
+        max_groups: int = 256,
+        max_rows: int = 1024,
+        max_candidates: int = 256,
+        filter_order: FilterOrder = "transformers",
+        on_full: OnFull = "error",
+        lane: Lane | None = None,
+    ) -> None:
+        require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
+        require(head.hidden_size == hidden_size, "hidden_size", f"be the head's {head.hidden_size}", hidden_size)
+        require(is_int(max_rows) and max_rows >= 1, "max_rows", "be an integer >= 1", max_rows)
+        check_options(filter_order, max_candidates)
+        self.head, self.config = head, config or DistillerConfig()
+        self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
+        self.max_groups = max_groups
+        self._device = head.weight.device
+        self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
+        self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
+        self._open_rows = 0
+        self._step_rows: Rows | None = None  # of the step between predict and learn
+        self._sampled = False
+        self._drawn: Tensor | None = None
+
+    def __repr__(self) -> str:
+        bank, mib = self._bank, 2.0**-20
+        return (
+            f"Explorer(hidden_size={bank.hidden_size}, rank={self.config.rank}, target={self.config.target!r}, "
+            f"{len(bank.leases)}/{bank.max_groups} groups, {self._open_rows}/{self.max_rows} rows, "
+            f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.max_groups * mib:.0f} MiB "
+            f"in all, backend={ops.backend_name(self._device)!r} on {self._device})"
+        )
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    def open(
+        self,
+        groups: Sequence[Hashable | None],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sample_index: Sequence[int] | None = None,
+        position: int | Sequence[int] = 0,
+        retain: bool = False,
+    ) -> Rows:
+        """Start rows; siblings are the rows of one group.
+
+        groups: a hashable per row; None is a row without a Distiller, sampled plainly.
+        params: one :class:`SamplingParams` for all (default), or one per row.
+        sample_index: a row's ordinal among its siblings, part of its seed; default counts on within the group.
+        position: tokens drawn so far, to resume a row; one number or one per row.
+        retain: keep the group's Distiller when its last row ends, until it is evicted.
+
+        Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
+        """
+        groups = list(groups)
+        count = len(groups)
+        per_row = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
+        columns = (
+            RowParams.of(per_row, count, self._device) if count else RowParams.of(SamplingParams(), 0, self._device)
+        )
+        positions = [position] * count if isinstance(position, int) else list(position)
+        for name, values in (("sample_index", sample_index), ("position", positions)):
+            if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
+                raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
+        if self._open_rows + count > self.max_rows:
+            raise CapacityError(f"{count} more rows do not fit: {self._open_rows} of max_rows={self.max_rows} are open")
+
+        seeds = self._request_seeds(groups, per_row)
+        rows = self._lease(groups, per_row, sample_index, seeds, retain)
+        self._open_rows += count
+        request = torch.tensor(seeds, dtype=torch.int64, device=self._device)
+        index = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=self._device)
+        grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
+        return Rows(
+            self,
+            rows,
+            row_seeds(request, index),
+            torch.tensor(positions, dtype=torch.int64, device=self._device),
+            torch.ones(count, dtype=torch.bool, device=self._device),
+            columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
+        )
+
+    @staticmethod
+    def _request_seeds(groups: list[Hashable | None], params: list[SamplingParams]) -> list[int]:
+        fresh: dict[Hashable | None, int] = {}
+        return [
+            as_int64(fresh.setdefault(g, secrets.randbits(64)) if p.seed is None else p.seed)
+            for g, p in zip(groups, params, strict=True)
+        ]
+
+    def _lease(
+        self,
+        groups: list[Hashable | None],
+        params: list[SamplingParams],
+        sample_index: Sequence[int] | None,
+        seeds: list[int],
+        retain: bool,
+    ) -> list[_Row]:
+        acquired: list[Hashable] = []
+        fresh: dict[int, int] = {}
+        rows: list[_Row] = []
+        plain_index = 0
+        try:
+            for i, (group, p) in enumerate(zip(groups, params, strict=True)):
+                if group is None:
+                    given = plain_index if sample_index is None else sample_index[i]
+                    rows.append(_Row(None, -1, given, False))
+                    plain_index += 1
+                    continue
+                lease, is_fresh = self._bank.acquire(group, retain)
+                if is_fresh:
+                    fresh[lease.slot] = seeds[i]
+                lease.rows += 1
+                acquired.append(group)
+                given = lease.next_sample_index if sample_index is None else sample_index[i]
+                lease.next_sample_index = max(lease.next_sample_index, given + 1)
+                rows.append(_Row(group, lease.slot, given, p.beta != 0))
+        except CapacityError:
+            for group in acquired:
+                self._bank.release_row(group)
+            raise
+        for slot, seed in fresh.items():
+            self._learner.reset(slot, seed)
+        return rows
+
+    def close(self, rows: Rows) -> None:
+        """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
+
+        Enqueues what was staged and waits for the learning in flight; also right after an exception in a step.
+        """
+        self._retire(rows)
+        self._learner.synchronize()
+        self._bank.stats()  # warns of groups that did not learn
+        self._release(rows._rows)
+
+    def _release(self, rows: list[_Row]) -> None:
+        for row in rows:
+            if row.group is not None:
+                self._bank.release_row(row.group)
+        self._open_rows -= len(rows)
+
+    def _retire(self, rows: Rows) -> None:
+        self._check_rows(rows)
+        rows._current = False
+        if self._step_rows is rows:
+            self._step_rows = None
+
+    def _check_rows(self, rows: Rows) -> None:
+        require(isinstance(rows, Rows) and rows._explorer is self, "rows", "come from this Explorer's open", rows)
+        if not rows._current:
+            raise StateError(f"{rows!r} was closed, or replaced by keep or +; use the newest Rows")
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def predict(self, shallow: Tensor, rows: Rows) -> None:
+        """Predict the deep hidden states, on the second stream; returns at once.
+
+        shallow: [R, H] float, the residual stream after an early block at the position being decoded.  It is copied,
+        so the engine may overwrite it.  Raises ArgumentError, StateError (the step before was not learned).
+        """
+        self._check_rows(rows)
+        check_tensor("shallow", shallow, (len(rows), self._bank.hidden_size), self._device)
+        if self._step_rows is not None and self._learner.learns:
+            raise StateError(
+                "predict was called again before learn; every predicted step must be learned (lr=0 freezes)"
+            )
+        self._step_rows, self._sampled, self._drawn = rows, False, None
+        if rows._grouped:
+            self._learner.predict(shallow.detach(), rows._groups, rows.active)
+        else:
+            self._learner.flush()
+
+    def sample(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Draw:
+        """Draw one token per row and advance the rows' positions.
+
+        logits: [R, V] as they are to be sampled, before temperature and filters.  model_logits: [R, V] the model's own
+        where ``logits`` were edited (penalties, bans, grammars); novelty uses these, so that no edit is amplified.
+        Returns :class:`Draw`.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        """
+        self._check_rows(rows)
+        check_logits(logits)
+        check_tensor("logits", logits, (len(rows), None), self._device)
+        predicted = self._step_rows is rows
+        if predicted and self._sampled:
+            raise StateError("sample was called twice in a step; call learn and predict first")
+        if rows._explores and not predicted:
+            raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
+        use = predicted and rows._explores and self._learner.scored
+        draw = ops.explore(
+            logits.detach(),
+            rows.params,
+            rows.seeds,
+            rows.positions,
+            direction=self._learner.prediction() if use else None,
+            head=self._learner.head if use else None,
+            model_logits=None if model_logits is None else model_logits.detach(),
+            model_weight=0.0 if self.config.target == "choice" else 1.0,
+            filter_order=self.filter_order,
+            max_candidates=self.max_candidates,
+            active=rows.active,
+        )
+        rows.positions += (draw.token_ids >= 0).long()
+        self._sampled, self._drawn = predicted, draw.token_ids
+        return draw
+
+    def learn(self, deep: Tensor | None, rows: Rows) -> None:
+        """Stage this step's lesson; the next ``predict`` enqueues it.
+
+        deep: [R, H] float, the input of lm_head at the same position; copied.  With target "choice" the drawn tokens
+        teach instead, and deep may be None.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        """
+        self._check_rows(rows)
+        if self._step_rows is not rows:
+            raise StateError("learn needs predict for these very rows first, in the same step")
+        target = deep
+        if self.config.target == "choice":
+            if self._drawn is None:
+                raise StateError('learn with target="choice" needs sample first: the drawn tokens teach')
+            target = self._drawn
+        else:
+            check_tensor("deep", deep, (len(rows), self._bank.hidden_size), self._device)
+        assert target is not None
+        self._step_rows = None
+        if self._learner.learns and rows._grouped:
+            self._learner.stage(target.detach())
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def stats(self) -> dict[Hashable, GroupStats]:
+        """What each group has learned.  Waits for the device."""
+        self._learner.synchronize()
+        return self._bank.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Distillers of all groups; with the same rows opened again, a run continues bit for bit."""
+        self._learner.synchronize()
+        return self._bank.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take saved groups over, idle and retained.  Raises StateError if groups are open, ArgumentError."""
+        self._learner.synchronize()
+        self._bank.load_state_dict(state)
+        self._learner.scale_loaded()
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`state_dict` as a safetensors file.  Groups must be strings or integers."""
+        self._learner.synchronize()
+        self._bank.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote.  Raises as :meth:`load_state_dict`."""
+        self._learner.synchronize()
+        self._bank.load(path)
+        self._learner.scale_loaded()
