@@ -1,0 +1,132 @@
+"""The running batch on the device, and the copies of its tokens for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esamp_core.decoder_text import Sample
+from esamp_core.explorer import Rows
+from esamp_core.structures import Draw
+
+
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 tensor of host numbers, without waiting for the device."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Receipt:
+    """The tokens of one step on their way to the host."""
+
+    def __init__(self, samples: Sequence[Sample], draw: Draw) -> None:
+        self.samples = tuple(samples)
+        numbers = torch.stack([draw.logprob, draw.base_logprob, draw.novelty])
+        self._ids, self._numbers = _to_host(draw.token_ids), _to_host(numbers)
+        self._arrived: Any = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> tuple[list[int], list[list[float]]]:
+        """Token ids [R], and their logprob, base_logprob and novelty [3][R].  Waits until they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._ids.tolist(), self._numbers.tolist()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+@dataclass
+class Batch:
+    """Rows that run together, R of them.  All of them end at column ``length`` of the cache."""
+
+    samples: list[Sample]
+    rows: Rows
+    cache: Any
+    length: int  # columns of the cache that are filled
+    pads: list[int]  # [R] how many of them, on the left, are padding
+    tokens: Tensor  # int64 [R], to be fed next; a finished row's is pad
+    positions: Tensor  # int64 [R], where they are fed; a finished row stays where it is
+    remaining: Tensor  # int64 [R], how many tokens may still be drawn
+    columns: int | None = None  # of a static cache
+
+    def __post_init__(self) -> None:
+        self._pad_columns()
+
+    def _pad_columns(self) -> None:
+        self._pads = to_device(self.pads, self.tokens.device)
+
+    @property
+    def padded(self) -> bool:
+        return any(self.pads)
+
+    def can_draw(self) -> bool:
+        """Whether any row may still draw, as far as the host knows without looking at tokens."""
+        return any(
+            sample.finish_reason is None
+            # A row with c columns has drawn c - prompt + 1 tokens, the last of which is not in the cache yet.
+            and self.length - pad - len(sample.prompt.token_ids) + 1 < sample.prompt.budget
+            for sample, pad in zip(self.samples, self.pads, strict=True)
+        )
+
+    def attention_mask(self) -> Tensor | None:
+        """int64 [R, columns] for the next forward: all columns of a static cache, else those filled by then."""
+        if not self.padded:
+            return None
+        columns = torch.arange(self.columns or self.length + 1, device=self.tokens.device)
+        return (columns >= self._pads[:, None]).long()
+
+    def advance(self, draw: Draw, stop_ids: Tensor, pad_id: int) -> Receipt:
+        """Take a step's tokens in: who is finished, what is fed next.  Nothing here waits for the device."""
+        stop = (draw.token_ids[:, None] == stop_ids).any(-1) | (draw.token_ids < 0)
+        self.remaining = self.remaining - 1
+        self.rows.active.logical_and_(~stop & (self.remaining > 0))
+        self.tokens = torch.where(self.rows.active, draw.token_ids, pad_id)
+        self.positions = self.positions + self.rows.active
+        return Receipt(self.samples, draw)
+
+    def switch_off(self, finished: Sequence[bool]) -> None:
+        """Rows that the host has ended stop drawing and teaching."""
+        running = to_device([not f for f in finished], self.tokens.device).bool()
+        self.rows.active.logical_and_(running)
+        self.tokens = torch.where(running, self.tokens, 0)
+
+    def keep(self, indices: list[int]) -> None:
+        """Only these rows; the others are closed.  Columns that are padding in all of them go."""
+        index = to_device(indices, self.tokens.device)
+        self.rows = self.rows.keep(indices)
+        self.samples = [self.samples[i] for i in indices]
+        self.pads = [self.pads[i] for i in indices]
+        self.tokens, self.positions, self.remaining = self.tokens[index], self.positions[index], self.remaining[index]
+        self.cache.reorder_cache(index)
+        self._resize(self.length - min(self.pads))
+
+    def join(self, other: Batch) -> None:
+        """Append the rows of another batch, which ends to exist."""
+        length = max(self.length, other.length)
+        self._resize(length)
+        other._resize(length)
+        self.cache.join(other.cache)
+        self.rows = self.rows + other.rows
+        self.samples, self.pads = self.samples + other.samples, self.pads + other.pads
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        self.positions = torch.cat([self.positions, other.positions])
+        self.remaining = torch.cat([self.remaining, other.remaining])
+        self._pad_columns()
+
+    def _resize(self, length: int) -> None:
+        if length != self.length:
+            self.cache.resize(length)
+            self.pads = [pad + length - self.length for pad in self.pads]
+            self.length = length
+        self._pad_columns()

@@ -1,0 +1,85 @@
+"""The key-value cache of a batch whose rows come and go: selected, cropped, padded and joined.
+
+All rows end at the same column.  A row that is shorter than the longest has padding on its left, which the attention
+mask hides; what its columns hold there does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from esamp_core.errors import UnsupportedModelError
+
+# Layers that hold keys and values per column, or nothing but one state per row.
+_JOINABLE = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DummyLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+
+
+class RowCache(DynamicCache):  # type: ignore[misc]
+    """transformers' dynamic cache, with rows that join and leave."""
+
+    padded = False
+    """Whether some row has padding on its left; set before every forward of one token."""
+
+    @property
+    def is_compileable(self) -> bool:
+        # transformers looks into the attention mask, and so waits for the device, to see whether the mask can be left
+        # out, unless the cache is compileable.  With padding it cannot, and without padding no mask is given.
+        return self.padded
+
+    @staticmethod
+    def of(config: Any) -> RowCache:
+        """An empty cache for a model.  Raises UnsupportedModelError for layers whose rows cannot be joined."""
+        cache = RowCache(config=config)
+        for layer in cache.layers:
+            kind = type(layer).__name__
+            if kind not in _JOINABLE:
+                raise UnsupportedModelError(
+                    f'cache="dynamic" cannot join rows of {kind} ({config.model_type}); use cache="static"'
+                )
+        return cache
+
+    def resize(self, length: int) -> None:
+        """Pad or crop every row on its left to ``length`` columns."""
+        for layer in self.layers:
+            keys = getattr(layer, "keys", None)
+            if keys is None or not layer.is_initialized:
+                continue
+            columns = length
+            if layer.is_sliding:
+                layer.cumulative_length = length
+                columns = min(length, layer.sliding_window - 1)
+            layer.keys, layer.values = _resized(keys, columns), _resized(layer.values, columns)
+
+    def join(self, other: RowCache) -> None:
+        """Append the rows of a cache of the same length."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if getattr(mine, "keys", None) is not None:
+                mine.keys = torch.cat([mine.keys, theirs.keys])
+                mine.values = torch.cat([mine.values, theirs.values])
+            for states in ("conv_states", "recurrent_states"):
+                for key, state in getattr(mine, states, {}).items():
+                    if state is not None:
+                        getattr(mine, states)[key] = torch.cat([state, getattr(theirs, states)[key]])
+
+
+def _resized(states: Tensor, columns: int) -> Tensor:
+    """[R, heads, columns, D], cropped or padded with zeros on the left."""
+    missing = columns - states.shape[-2]
+    return F.pad(states, (0, 0, missing, 0)) if missing > 0 else states[..., -missing:, :]
+
+
+def static_cache(config: Any, length: int) -> StaticCache:
+    """A cache of constant shape for ``length`` columns, which the first forward allocates."""
+    return StaticCache(config=config, max_cache_len=length)

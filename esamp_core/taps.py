@@ -1,0 +1,276 @@
+"""Where a decoder-only transformers model is tapped: an early block's output, and the input of its output head.
+
+Nothing here imports transformers: models are read through the accessors they all share (``get_decoder``,
+``get_output_embeddings``, ``config``).  What is found is checked on the first forward, so that a tap that never runs
+or a head that is read wrongly raises instead of silently steering by noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esamp_core.config import is_int
+from esamp_core.errors import ArgumentError, UnsupportedModelError
+from esamp_core.ops import transform_scores
+from esamp_core.structures import Head
+
+# How far the head's logits may be from the model's, relative to the largest.  Both come from the same product; what
+# is left is another tiling of it, and the rounding of a scale or a soft-cap in the model's own dtype.
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class Tapped(NamedTuple):
+    """One forward at the last position of every row."""
+
+    shallow: Tensor  # [B, H], the block's output
+    deep: Tensor  # [B, H], the input of the head
+    logits: Tensor  # [B, V]
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What the decoder needs to know of a model; made by :func:`find_parts`."""
+
+    model: nn.Module  # unwrapped: what torch.compile was given
+    block: nn.Module
+    head_module: nn.Module
+    head: Head
+    deep_scale: float | None  # rms of the final norm's weight; None where there is none to read
+    context: int | None  # most positions, prompt and generated tokens together; None is no limit
+    vocab_size: int  # rows of the input embedding
+    device: torch.device
+    accepts: frozenset[str]  # the arguments of the model's forward
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head.hidden_size
+
+
+def find_parts(model: nn.Module, shallow_layer: int = 0) -> ModelParts:
+    """Locate the block whose output is tapped, the head and its transform.
+
+    model: a decoder-only transformers model with an output head, on one device, in eval mode.
+    shallow_layer: index of the block whose output is the shallow tap; negative counts from the end.  Default 0.
+    Raises UnsupportedModelError, ArgumentError.
+    """
+    return _find_parts(getattr(model, "_orig_mod", model), shallow_layer)
+
+
+def _find_parts(model: Any, shallow_layer: int) -> ModelParts:
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ArgumentError(f"model must be a transformers model, got {name}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} has no output embeddings (language-model head)")
+    text_config = config.get_text_config(decoder=True)
+    accepts = _forward_arguments(model)
+    for argument in ("past_key_values", "attention_mask"):
+        if argument not in accepts:
+            raise UnsupportedModelError(f"{name}.forward takes no {argument}: it has no cache that rows could share")
+    if model.training:
+        raise ArgumentError("model must be in eval mode (call model.eval()), got a model in training mode")
+    device = _single_device(model)
+
+    head_module = model.get_output_embeddings()
+    weight = _head_weight(head_module, name)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    blocks = _find_blocks(decoder, text_config.num_hidden_layers, name)
+    if not is_int(shallow_layer) or not -len(blocks) <= shallow_layer < len(blocks):
+        raise ArgumentError(f"shallow_layer must be a block index below {len(blocks)}, got {shallow_layer!r}")
+    scale, softcap = _head_transform(text_config)
+    bias = getattr(head_module, "bias", None)
+    embedding = model.get_input_embeddings()
+    return ModelParts(
+        model=model,
+        block=blocks[shallow_layer],
+        head_module=head_module,
+        head=Head(weight, None if bias is None else bias.detach(), scale, softcap),
+        deep_scale=_norm_scale(decoder, weight.shape[1], text_config),
+        context=getattr(text_config, "max_position_embeddings", None),
+        vocab_size=embedding.weight.shape[0] if hasattr(embedding, "weight") else weight.shape[0],
+        device=device,
+        accepts=accepts,
+    )
+
+
+def _forward_arguments(model: Any) -> frozenset[str]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper names no arguments
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _single_device(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if any(d.type == "meta" for d in devices):
+        raise UnsupportedModelError(f"{type(model).__name__} is offloaded: some of its weights are on the meta device")
+    if len(devices) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must be on one device, got {', '.join(sorted(map(str, devices)))}"
+        )
+    return devices.pop()
+
+
+def _head_weight(head: nn.Module, name: str) -> Tensor:
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else "none"
+        raise UnsupportedModelError(
+            f"{name}'s head ({type(head).__name__}) must have a float weight [V, H] whose rows can be read, got {got}; "
+            "leave the head unquantised"
+        )
+    if weight.dtype not in HEAD_TOLERANCE:
+        raise UnsupportedModelError(f"{name}'s head must be float32, bfloat16 or float16, got {weight.dtype}")
+    return weight.detach()
+
+
+def _find_blocks(decoder: nn.Module, layers: int, name: str) -> nn.ModuleList:
+    """The outermost module list with one entry per layer; a direct child of the decoder wins over a nested one."""
+    lists = [(path, m) for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList)]
+    paths = [path for path, _ in lists]
+    outermost = [(p, m) for p, m in lists if not any(p.startswith(f"{other}.") for other in paths)]
+    fitting = [(p, m) for p, m in outermost if len(m) == layers]
+    direct = [(p, m) for p, m in fitting if "." not in p]
+    found = direct or fitting
+    if len(found) != 1:
+        seen = ", ".join(f"{p} ({len(m)})" for p, m in (found or outermost)) or "none"
+        what = "several lists" if found else "no list"
+        raise UnsupportedModelError(f"{name} has {what} of {layers} decoder blocks; module lists: {seen}")
+    return found[0][1]
+
+
+def _head_transform(config: Any) -> tuple[float, float | None]:
+    """Scale and soft-cap between the head's product and the logits, as the config states them."""
+    scale = 1.0
+    for attribute in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse
+        value = getattr(config, attribute, None)
+        scale *= value if isinstance(value, (int, float)) else 1.0
+    scaling = getattr(config, "logits_scaling", None)
+    if isinstance(scaling, (int, float)) and config.model_type != "minicpm3":  # MiniCPM3 scales before the head
+        scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return float(scale), None if not softcap else float(softcap)
+
+
+@torch.no_grad()
+def _norm_scale(decoder: nn.Module, hidden: int, config: Any) -> float | None:
+    """rms of what the final norm puts out for an input of rms 1, which is the rms of its effective weight.
+
+    Running the norm saves knowing whether it multiplies by ``weight`` or, as Gemma's, by ``1 + weight``.
+    """
+    if config.model_type == "minicpm3":  # the norm's output is divided before the head sees it
+        return None
+    norm = None
+    for child in decoder.children():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and tuple(weight.shape) == (hidden,):
+            norm = child
+    if norm is None:
+        return None
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    signs = torch.ones(1, 1, hidden, dtype=weight.dtype, device=weight.device)
+    signs[..., ::2] = -1
+    rms = float(norm(signs).float().square().mean().sqrt())
+    return rms if 0 < rms < float("inf") else None
+
+
+@torch.no_grad()
+def check_head(parts: ModelParts, head: Head, tapped: Tapped) -> bool:
+    """Whether the head, applied to the tapped deep state, gives the model's logits; raises if it does not.
+
+    Returns False where no row has finite numbers to judge by.  Waits for the device.  Raises UnsupportedModelError.
+    """
+    name, rows = type(parts.model).__name__, slice(0, 2)
+    deep, logits = tapped.deep[rows], tapped.logits[rows].float()
+    if deep.shape[1] != head.hidden_size or logits.shape[1] > head.vocab_size:
+        raise UnsupportedModelError(
+            f"{name}: the head is {list(head.weight.shape)}, but its input has {deep.shape[1]} features and the model "
+            f"gives {logits.shape[1]} logits"
+        )
+    dots = nn.functional.linear(deep.to(head.weight.dtype), head.weight, head.bias)[:, : logits.shape[1]].float()
+    expected = transform_scores(dots, head)
+    finite = torch.isfinite(logits).all(-1) & torch.isfinite(expected).all(-1)
+    if not bool(finite.any()):
+        return False
+    logits, expected = logits[finite], expected[finite]
+    largest = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    tolerance = max(HEAD_TOLERANCE[head.weight.dtype], HEAD_TOLERANCE.get(tapped.logits.dtype, 0.0))
+    error = float((logits - expected).abs().max() / largest)
+    if error > tolerance:
+        ratio = float((logits * expected).sum() / expected.square().sum().clamp_min(1e-30))
+        scaled = float((logits - ratio * expected).abs().max() / largest) <= tolerance
+        hint = (
+            f"they are {ratio:.4g} times it (scale)" if scaled else f"they differ by up to {error:.2g} of the largest"
+        )
+        raise UnsupportedModelError(
+            f"{name}: the output head as read (scale {head.scale:.4g}, softcap {head.softcap}, "
+            f"{'a' if head.bias is not None else 'no'} bias) does not give the model's logits from its input: {hint}"
+        )
+    return True
+
+
+class Taps:
+    """The two hooks, installed while the context is entered and removed when it is left, whatever happens."""
+
+    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
+        self._model, self._parts = model, parts
+        self._handles: list[RemovableHandle] = []
+        self._shallow: list[Tensor] = []
+        self._deep: list[Tensor] = []
+        self._on_shallow: Callable[[Tensor], None] | None = None
+
+    def __enter__(self) -> Taps:
+        self._handles = [
+            self._parts.block.register_forward_hook(self._tap_shallow),
+            self._parts.head_module.register_forward_pre_hook(self._tap_deep),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _tap_shallow(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._shallow.append(hidden[:, -1])
+        # A block that runs twice in a forward is reported after it; predicting twice would hide the cause.
+        if self._on_shallow is not None and len(self._shallow) == 1:
+            self._on_shallow(self._shallow[0])
+
+    def _tap_deep(self, module: nn.Module, inputs: Any) -> None:
+        self._deep.append(inputs[0][:, -1])
+
+    def forward(self, on_shallow: Callable[[Tensor], None] | None = None, **inputs: Any) -> Tapped:
+        """Run the model and return what was tapped at the last position.
+
+        on_shallow: called with the shallow state [B, H] as soon as the block has run, beside the rest of the forward.
+        inputs: the model's own arguments.  Raises UnsupportedModelError if a tap did not run exactly once.
+        """
+        self._shallow, self._deep, self._on_shallow = [], [], on_shallow
+        try:
+            logits = self._model(**inputs).logits[:, -1]
+        finally:
+            self._on_shallow = None
+        for name, tapped in (("block", self._shallow), ("head", self._deep)):
+            if len(tapped) != 1:
+                module = self._parts.block if name == "block" else self._parts.head_module
+                raise UnsupportedModelError(
+                    f"the tap on {type(self._parts.model).__name__}'s {name} ({type(module).__name__}) ran "
+                    f"{len(tapped)} times in a forward instead of once; a model compiled before the taps are installed "
+                    "ignores them: compile it afterwards, or pass the uncompiled model"
+                )
+        # Views into the whole forward's states: not kept longer than the caller needs them.
+        return Tapped(self._shallow.pop(), self._deep.pop(), logits)

@@ -1,0 +1,207 @@
+"""Finding taps and heads: what is read from a model is right, and what cannot be trusted is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from esamp_core.decoder import Decoder, generate
+from esamp_core.errors import UnsupportedModelError
+from esamp_core.sample import ArgumentError, Explorer, Head
+from esamp_core.taps import Tapped, Taps, check_head, find_parts
+from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, build, one_thread  # noqa: F401
+
+
+def run(model: Any, parts: Any) -> Tapped:
+    with torch.no_grad(), Taps(model, parts) as taps:
+        return taps.forward(input_ids=torch.tensor([PROMPTS[1], PROMPTS[1][::-1]]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_gives_the_models_logits(name: str) -> None:
+    parts = find_parts(build(name))
+    assert check_head(parts, parts.head, run(build(name), parts))
+    assert parts.hidden_size == 32 and parts.vocab_size == VOCAB and parts.context == 64
+    assert parts.block is (build(name).transformer.h if name == "gpt2" else build(name).model.layers)[0]
+    want = {"gemma2": (1.0, 2.0), "granite": (0.25, None), "cohere": (0.25, None)}
+    assert (parts.head.scale, parts.head.softcap) == want.get(name, (1.0, None))
+
+
+WRONG = [
+    ("cohere", {"scale": 1.0}, "they are 0.25 times it"),
+    ("granite", {"scale": 4.0}, "they are 0.0625 times it"),
+    ("llama", {"scale": -1.0}, "they are -1 times it"),
+    ("gemma2", {"softcap": None}, "they differ by up to"),
+    ("gemma2", {"softcap": 30.0}, "they differ by up to"),
+    ("llama", {"bias": torch.arange(float(VOCAB))}, "a bias"),
+    ("llama", {"weight": torch.randn(VOCAB, 32)}, "they differ by up to"),
+    ("llama", {"weight": torch.randn(VOCAB - 1, 32)}, "gives 120 logits"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG)
+def test_wrong_head_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    parts = find_parts(build(name))
+    head: Head = dataclasses.replace(parts.head, **change)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_head(parts, head, run(build(name), parts))
+    explorer = Explorer(head, 32)
+    with pytest.raises(UnsupportedModelError, match=message):
+        Decoder(build(name), explorer=explorer).generate(PROMPTS, max_new_tokens=2)
+    assert explorer.stats() == {}
+
+
+def test_config_that_lies_about_the_scale_is_refused() -> None:
+    model = hf.CohereForCausalLM(hf.CohereConfig(**SIZES)).eval()
+    model.config.logit_scale = 0.5  # the model kept the first one
+    with pytest.raises(UnsupportedModelError, match="times it"):
+        generate(model, PROMPTS, max_new_tokens=2)
+
+
+def test_numbers_that_are_not_finite_prove_nothing() -> None:
+    parts = find_parts(build("llama"))
+    tapped = run(build("llama"), parts)
+    assert not check_head(parts, parts.head, tapped._replace(logits=tapped.logits * float("nan")))
+
+
+@pytest.mark.parametrize(("name", "rms"), [("llama", 2.0), ("gemma2", 3.0), ("gemma3", 3.0), ("cohere", 2.0)])
+def test_deep_scale_is_the_rms_of_the_effective_norm_weight(name: str, rms: float) -> None:
+    model: Any = MODELS[name]().eval()
+    nn.init.constant_(model.model.norm.weight, 2.0)  # Gemma multiplies by 1 + weight
+    assert find_parts(model).deep_scale == pytest.approx(rms, rel=1e-3)
+    assert Decoder(model).config.deep_scale == pytest.approx(rms, rel=1e-3)
+
+
+def test_deep_scale_is_unknown_without_a_norm_weight() -> None:
+    model = hf.OlmoForCausalLM(hf.OlmoConfig(**SIZES)).eval()
+    assert find_parts(model).deep_scale is None
+    assert len(generate(model, PROMPTS, n=2, max_new_tokens=3, stop_token_ids=())) == 8
+
+
+def test_hooks_live_as_long_as_the_context() -> None:
+    parts = find_parts(build("llama"))
+    modules = (parts.block._forward_hooks, parts.head_module._forward_pre_hooks)
+    before = [len(m) for m in modules]
+    with pytest.raises(RuntimeError, match="inside"), Taps(build("llama"), parts):
+        assert [len(m) for m in modules] == [n + 1 for n in before]
+        raise RuntimeError("inside")
+    assert [len(m) for m in modules] == before
+
+
+# --- taps that do not run ---------------------------------------------------------------------------------------------
+
+
+class Bypass(hf.LlamaForCausalLM):  # type: ignore[misc]
+    """Does not call its head as a module, or calls it twice, or skips a block.
+
+    Code that was compiled or captured before the taps were installed looks like the first: it runs no hooks.
+    """
+
+    mode = "none"
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+        layers = self.model.layers
+        if self.mode == "skip":
+            self.model.layers = layers[1:]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        self.model.layers = layers
+        if self.mode == "none":
+            return hf.modeling_outputs.CausalLMOutputWithPast(logits=hidden @ self.lm_head.weight.T)
+        if self.mode == "twice":
+            self.lm_head(hidden)
+        return hf.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("none", "head .* ran 0 times"), ("twice", "head .* ran 2 times"), ("skip", "block .* ran 0 times")],
+)
+def test_tap_that_does_not_run_once_raises(mode: str, message: str) -> None:
+    model = Bypass(hf.LlamaConfig(**SIZES)).eval()
+    model.mode = mode
+    with pytest.raises(UnsupportedModelError, match=message):
+        generate(model, PROMPTS[:1], max_new_tokens=2)
+    assert not model.lm_head._forward_pre_hooks
+
+
+# --- models that are refused ----------------------------------------------------------------------------------------
+
+
+def test_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        find_parts(hf.T5ForConditionalGeneration(hf.T5Config(**sizes)).eval())
+
+
+def test_model_without_head_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
+        find_parts(build("llama").model)
+
+
+def test_model_without_cache_is_refused() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with pytest.raises(UnsupportedModelError, match="takes no past_key_values"):
+        find_parts(hf.BertForMaskedLM(hf.BertConfig(vocab_size=20, **sizes)).eval())
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="eval mode"):
+        find_parts(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).train())
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="model must be a transformers model, got Linear"):
+        find_parts(nn.Linear(2, 2))
+
+
+def test_offloaded_and_scattered_models_are_refused() -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedModelError, match="offloaded"):
+        find_parts(model)
+
+
+class PackedHead(nn.Module):
+    """As quantised heads are: the weight is packed into bytes."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((VOCAB, 32), torch.uint8), ((VOCAB * 16,), torch.float32)])
+def test_quantised_head_is_refused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
+    model.lm_head = PackedHead(shape, dtype)
+    with pytest.raises(UnsupportedModelError, match="leave the head unquantised"):
+        find_parts(model)
+
+
+def test_ambiguous_blocks_are_refused() -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
+    model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
+    with pytest.raises(UnsupportedModelError, match=r"several lists of 3 decoder blocks.*layers \(3\), others \(3\)"):
+        find_parts(model)
+    del model.model.others
+    model.config.num_hidden_layers = 5
+    with pytest.raises(UnsupportedModelError, match=r"no list of 5 decoder blocks.*layers \(3\)"):
+        find_parts(model)
+
+
+def test_layers_that_cannot_be_joined_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from esamp_core import decoder_cache
+
+    monkeypatch.setattr(decoder_cache, "_JOINABLE", ("DynamicLayer",))
+    with pytest.raises(UnsupportedModelError, match=r'rows of DynamicSlidingWindowLayer .* cache="static"'):
+        generate(build("gemma3"), PROMPTS, max_new_tokens=2)
+
+
+def test_static_cache_needs_position_ids() -> None:
+    config = hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2)
+    with pytest.raises(UnsupportedModelError, match="needs a model that takes position_ids, got BloomForCausalLM"):
+        generate(hf.BloomForCausalLM(config).eval(), PROMPTS, max_new_tokens=2, cache="static")
