@@ -1,0 +1,115 @@
+"""The command line: ``esamp demo``, ``esamp generate``, ``esamp doctor``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+# Before torch is loaded: on a busy machine, OpenMP threads that spin while they wait cost a factor of ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from esamp_core.config import DistillerConfig, SamplingParams
+from esamp_core.errors import ArgumentError, EsampError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Exploratory sampling: the parallel samples of one prompt explore different ideas.",
+)
+
+Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this much probability; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens with this fraction of the top probability; 0 is off.")]
+Beta = Annotated[float, typer.Option(help="Strength of exploration; 0 is vanilla sampling.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="8 problems and 8 samples: a few seconds.")] = False,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 16,
+    temperature: Temperature = 1.0,
+    min_p: MinP = 0.05,
+    beta: Beta = 0.25,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+) -> None:
+    """Vanilla against exploratory sampling with the embedded Countdown model, checked by a program."""
+    from esamp_core.demo import run_demo
+
+    if quick:
+        problems, samples = 8, 8
+    params = SamplingParams(temperature=temperature, min_p=min_p, beta=beta, seed=seed)
+    run_demo(Console(), problems=problems, samples=samples, params=params, config=DistillerConfig())
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none reads --prompts or stdin.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Folder or hub name of a model; 'countdown' is the embedded one.")
+    ] = "countdown",
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt per line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write; default stdout.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip prompts that --out already holds whole.")] = False,
+    n: Annotated[int, typer.Option("-n", help="Samples per prompt.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.05,
+    beta: Beta = 0.25,
+    seed: Annotated[int | None, typer.Option(help="Prompt i uses seed + i; default: fresh seeds.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End a text before this string; may be repeated.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Most rows at once; default 128, or n.")] = None,
+    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Sample every prompt n times and write one JSON object per sample."""
+    from esamp_core.generate import run_generate
+
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, beta=beta, seed=seed)
+    run_generate(
+        prompts=prompts or [],
+        prompts_file=prompts_file,
+        model_name=model,
+        out=out,
+        resume=resume,
+        n=n,
+        params=params,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        batch_rows=batch_rows,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the GPU, and which backend will run and why."""
+    from esamp_core.doctor import run_doctor
+
+    run_doctor(Console())
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line on stderr, never a traceback."""
+    try:
+        app()
+    except EsampError as error:
+        kind = "error" if isinstance(error, ArgumentError) else type(error).__name__
+        print(f"esamp: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

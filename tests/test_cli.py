@@ -1,0 +1,163 @@
+"""The command line, as a newcomer meets it: real runs of the embedded model, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from esamp_core import cli
+
+
+class Finished(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def esamp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """The command in this process: loading torch and transformers anew for every mistake would take minutes."""
+
+    def run(*arguments: str, stdin: str = "", **environment: str) -> Finished:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["esamp", *arguments])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            for name, value in {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb", **environment}.items():
+                patch.setenv(name, value)
+            try:
+                cli.main()
+                code: object = 0
+            except SystemExit as stop:
+                code = stop.code
+        assert code is None or isinstance(code, int)
+        return Finished(code or 0, *capsys.readouterr())
+
+    return run
+
+
+Esamp = Callable[..., Finished]
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_demo_quick_reports_what_it_measured(esamp: Esamp) -> None:
+    run = esamp("demo", "--quick")
+    assert run.returncode == 0, run.stderr
+    for expected in ("pass@1 (%)", "pass@8 (%)", "distinct correct solutions", "Distiller error", "novelty"):
+        assert expected in run.stdout
+    rates = re.findall(r"pass@\d+ \(%\)\s+│\s+([\d.]+)\s+│\s+([\d.]+)", run.stdout)
+    assert len(rates) == 3 and all(0 < float(v) <= 100 for pair in rates for v in pair)
+    errors = re.search(r"([\d.]+) at its first step,\s+([\d.]+) at its last", run.stdout)
+    assert errors and float(errors[2]) < float(errors[1])
+    assert "Traceback" not in run.stderr
+
+
+def test_demo_repeats_itself(esamp: Esamp) -> None:
+    def numbers(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "│" in line or "Distiller" in line]
+
+    first, second = (esamp("demo", "--problems", "2", "--samples", "4").stdout for _ in range(2))
+    assert numbers(first) and numbers(first) == numbers(second)
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("generate",), ("doctor",)])
+def test_help_explains_every_option(command: tuple[str, ...], esamp: Esamp) -> None:
+    run = esamp(*command, "--help")
+    assert run.returncode == 0 and "Usage" in run.stdout
+    options = re.findall(r"(?:│|\|)\s*\*?\s*(--[\w-]+)", run.stdout)
+    assert options
+
+
+def test_doctor_says_which_backend_and_why(esamp: Esamp) -> None:
+    run = esamp("doctor")
+    assert run.returncode == 0
+    assert "backend on cpu" in run.stdout and "the tensors are on the CPU" in run.stdout
+    assert "ESAMP_BACKEND=torch" in esamp("doctor", ESAMP_BACKEND="torch").stdout
+
+
+def test_generate_writes_one_line_per_sample(tmp_path: Path, esamp: Esamp) -> None:
+    out, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    prompts.write_text("3 7 3 5 -> 41 :\n\n1 2 3 4 -> 24 :\n", encoding="utf-8")
+    run = esamp("generate", "--prompts", str(prompts), "-n", "3", "--seed", "1", "--out", str(out))
+    assert run.returncode == 0, run.stderr
+    entries = lines_of(out)
+    assert sorted((e["prompt_index"], e["sample_index"]) for e in entries) == [
+        (p, s) for p in (0, 1) for s in (0, 1, 2)
+    ]
+    for e in entries:
+        assert e["finish_reason"] in ("stop", "length")
+        assert len(e["token_ids"]) == len(e["logprobs"]) == len(e["novelty"]) > 0  # type: ignore[arg-type]
+    piped = esamp("generate", "-n", "3", "--seed", "1", stdin="3 7 3 5 -> 41 :\n1 2 3 4 -> 24 :\n")
+    assert sorted(piped.stdout.splitlines()) == sorted(out.read_text(encoding="utf-8").splitlines())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, esamp: Esamp) -> None:
+    prompts = ["3 7 3 5 -> 41 :", "1 2 3 4 -> 24 :", "5 5 5 5 -> 50 :"]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    options = ("-n", "2", "--seed", "3", "--batch-rows", "2")
+    assert esamp("generate", *prompts, *options, "--out", str(whole)).returncode == 0
+    lines = whole.read_text(encoding="utf-8").splitlines()
+    # Interrupted: one prompt whole, one sample of another, half a line of a third.
+    first = [line for line in lines if json.loads(line)["prompt_index"] == 1]
+    cut.write_text("\n".join([*first, lines[0], lines[-1][:40]]), encoding="utf-8")
+    resumed = esamp("generate", *prompts, *options, "--out", str(cut), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert sorted(cut.read_text(encoding="utf-8").splitlines()) == sorted(lines)
+    again = esamp("generate", *prompts, *options, "--out", str(cut), "--resume")
+    assert again.returncode == 0 and "all 3 prompts are finished" in again.stderr
+    other = esamp("generate", "something else", *options, "--out", str(cut), "--resume")
+    assert other.returncode == 2 and "another prompt list" in other.stderr
+
+
+MISTAKES = [
+    (("generate", "x", "--temperature", "-1"), "temperature must"),
+    (("generate", "x", "--top-p", "0"), "top_p must"),
+    (("generate", "x", "--top-p", "1.5"), "top_p must"),
+    (("generate", "x", "--min-p", "2"), "min_p must"),
+    (("generate", "x", "--top-k", "-3"), "top_k must"),
+    (("generate", "x", "-n", "0"), "n must"),
+    (("generate", "1 2 3 4 -> 24 :", "--max-new-tokens", "0"), "max_new_tokens must"),
+    (("generate", "x", "--model", "/no/such/model"), "--model '/no/such/model' cannot be loaded"),
+    (("generate", "x", "--prompts", "also.txt"), "not both"),
+    (("generate", "--prompts", "/no/such/file"), "--prompts cannot be read"),
+    (("generate", "--prompts", os.devnull), "prompts must not be empty"),
+    (("generate",), "prompts must not be empty"),
+    (("generate", "x", "--out", "/no/such/folder/out.jsonl"), "--out cannot be written"),
+    (("generate", "x", "--resume"), "--resume needs --out"),
+    (("generate", "x", "--dtype", "int3"), "--dtype must"),
+    (("generate", "x", "--device", "abacus"), "--device must"),
+    (("generate", "1 2 3 4 -> 24 : " + "1 " * 200), "prompt"),
+    (("demo", "--beta", "nan"), "beta must"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_clear_line(arguments: tuple[str, ...], message: str, esamp: Esamp) -> None:
+    run = esamp(*arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith("esamp: error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert message in run.stderr
+
+
+def test_wrong_backend_is_one_clear_line(esamp: Esamp) -> None:
+    run = esamp("doctor", ESAMP_BACKEND="quantum")
+    assert run.returncode == 2 and run.stderr.startswith("esamp: error: ESAMP_BACKEND must be one of")
+
+
+def test_a_mistake_on_the_real_command_line() -> None:
+    command = [sys.executable, "-m", "esamp_core.cli", "generate", "x", "--temperature", "-1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert run.returncode == 2
+    assert run.stderr.startswith("esamp: error: temperature must") and run.stderr.count("\n") == 1
