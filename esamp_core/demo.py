@@ -98,8 +98,11 @@ def sample_problems(
 
 def run_demo(console: Console, *, problems: int, samples: int, params: SamplingParams, config: DistillerConfig) -> None:
     """Print the comparison.  The same problems, seeds and filters; only beta differs."""
+    from transformers.utils import logging
+
     from esamp_core.decoder import Decoder
 
+    logging.disable_progress_bar()  # of loading 2 MB of weights
     model, tokenizer = countdown.load()
     decoder = Decoder(model, tokenizer, config=config)
     chosen = countdown.held_out_problems("tune", problems)

@@ -313,6 +313,7 @@ class Explorer:
         else:
             self._learner.flush()
 
+    @torch.no_grad()
     def sample(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Draw:
         """Draw one token per row and advance the rows' positions.
 
@@ -330,13 +331,13 @@ class Explorer:
             raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
         use = predicted and rows._explores and self._learner.scored
         draw = ops.explore(
-            logits.detach(),
+            logits,
             rows.params,
             rows.seeds,
             rows.positions,
             direction=self._learner.prediction() if use else None,
             head=self._learner.head if use else None,
-            model_logits=None if model_logits is None else model_logits.detach(),
+            model_logits=model_logits,
             model_weight=0.0 if self.config.target == "choice" else 1.0,
             filter_order=self.filter_order,
             max_candidates=self.max_candidates,

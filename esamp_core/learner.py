@@ -177,6 +177,7 @@ class Learner:
         """The bank's scale was loaded from a saved state."""
         self._scale_known = True
 
+    @torch.no_grad()  # the head may be a parameter that requires grad
     def _forward(self, rows: int, groups: RowGroups) -> None:
         active = self._active[:rows].clone()
         saved = ops.distiller_forward(self._shallow[:rows], groups, self._bank.state.weights, self._bank.scale)
@@ -190,6 +191,7 @@ class Learner:
             self._scale_known = True
             self._lane.run(lambda: self._learn(measure))
 
+    @torch.no_grad()
     def _learn(self, measure: bool) -> None:
         assert self._saved is not None
         activations, groups, active = self._saved

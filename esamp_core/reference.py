@@ -1,11 +1,8 @@
 """The ops in plain PyTorch: the truth in tests, and the backend where there is no GPU.
 
-Same names and signatures as ``esamp_core.sample``, which documents them and checks arguments.  Nothing is checked
-here.  On CUDA these functions may wait for the device (they choose work by looking at values); the Triton backend
-never does.
-
-A row's result does not depend on its batchmates, bit for bit: every reduction is either along the row in one order
-or in blocks of a fixed size.
+Same names and signatures as ``esamp_core.sample``, which documents them and checks arguments.  On CUDA these functions
+may wait for the device (they choose work by looking at values); the Triton backend never does.  A row's bits do not
+depend on its batchmates: every reduction runs along the row in one order, or in blocks of a fixed size.
 """
 
 from __future__ import annotations

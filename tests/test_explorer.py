@@ -15,6 +15,8 @@ from esamp_core.sample import (
     CapacityError,
     DistillerConfig,
     Draw,
+    Explorer,
+    Head,
     SamplingParams,
     StateError,
     explore,
@@ -294,3 +296,19 @@ def test_choice_learns_what_siblings_draw() -> None:
         explorer.learn(None, rows)
     assert projections[0] == 0.0  # nothing was chosen yet, so nothing is penalised
     assert projections[-1] > 0.0
+
+
+@pytest.mark.parametrize("target", ["deep", "choice"])
+def test_a_model_that_requires_grad_leaves_no_graph_behind(target: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    config = DistillerConfig(rank=4, deep_scale=1.0, target=target)  # type: ignore[arg-type]
+    explorer = Explorer(Head(weight), HIDDEN, config, max_groups=2, max_rows=8)
+    rows = explorer.open(["a", "a"], PARAMS)
+    shallow, deep = (t.requires_grad_() for t in taps(2))
+    for _ in range(3):
+        explorer.predict(shallow, rows)
+        draw = explorer.sample(deep @ weight.T, rows)
+        explorer.learn(deep, rows)
+    explorer.close(rows)
+    state = explorer.state_dict()["tensors"]
+    assert not any(t.requires_grad for t in (*draw, *state.values(), *explorer._bank.state.weights))
