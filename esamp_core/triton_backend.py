@@ -1,0 +1,168 @@
+"""The ops on Triton kernels: same names and signatures as ``esamp_core.reference``.
+
+Here NamedTuples become the flat tensors that the torch ops of ``kernels/explore.py`` take.  On CPU tensors the kernels
+run only in Triton's interpreter, which must be switched on (TRITON_INTERPRET=1) before anything imports them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from esamp_core.config import FilterOrder
+from esamp_core.errors import ArgumentError
+from esamp_core.kernels import explore as ops
+from esamp_core.kernels.warm_up import warm_up
+from esamp_core.structures import Candidates, Draw, Head, Reweighted, RowParams
+from esamp_core.triton_distiller import distiller_forward, distiller_step_
+
+__all__ = [
+    "distiller_forward",
+    "distiller_step_",
+    "draw",
+    "explore",
+    "reweight",
+    "score_candidates",
+    "select_candidates",
+    "warm_up",
+]
+
+
+def _check_device(tensor: Tensor) -> None:
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ArgumentError(
+            "Triton kernels need a GPU, got tensors on cpu: set ESAMP_BACKEND=torch, or TRITON_INTERPRET=1 before "
+            "starting Python to run them in Triton's (slow) interpreter"
+        )
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Rows may have any distance, but the kernels want a row's logits side by side."""
+    return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _flat(params: RowParams) -> list[Tensor]:
+    return [column.contiguous() for column in params]
+
+
+def select_candidates(
+    logits: Tensor,
+    params: RowParams,
+    *,
+    filter_order: FilterOrder = "transformers",
+    max_candidates: int = 256,
+    active: Tensor | None = None,
+) -> Candidates:
+    _check_device(logits)
+    width = min(max_candidates, logits.shape[1])
+    active = None if active is None else active.contiguous()
+    return Candidates(*ops.select_op(_rows(logits), *_flat(params), active, width, filter_order == "vllm"))
+
+
+def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True) -> Tensor:
+    _check_device(direction)
+    result: Tensor = ops.score_op(
+        direction.detach(),
+        head.weight.detach(),
+        token_ids.long().contiguous(),
+        _detached(head.bias),
+        _detached(head.center),
+        head.scale,
+        head.softcap,
+        head.clip,
+        head.vocab_start,
+        transform,
+    )
+    return result
+
+
+def reweight(
+    candidates: Candidates,
+    projection: Tensor,
+    params: RowParams,
+    *,
+    model_logits: Tensor | None = None,
+    model_weight: float = 1.0,
+) -> Reweighted:
+    _check_device(projection)
+    temperature, _, _, _, beta = _flat(params)
+    ids, logits, _, _, _, status = candidates
+    return Reweighted(
+        *ops.reweight_op(ids, logits, status, projection, beta, temperature, model_logits, float(model_weight))
+    )
+
+
+def draw(
+    candidates: Candidates,
+    reweighted: Reweighted,
+    logits: Tensor,
+    params: RowParams,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    model_logits: Tensor | None = None,
+) -> Draw:
+    _check_device(logits)
+    temperature, _, _, _, beta = _flat(params)
+    ids, chosen, count, threshold, tie_id, _ = candidates
+    new, novelty, status = reweighted
+    token, logprob, base_logprob, token_novelty, kl = ops.draw_op(
+        ids,
+        chosen,
+        count,
+        threshold,
+        tie_id,
+        status,
+        new.contiguous(),
+        novelty.contiguous(),
+        _rows(logits),
+        None if model_logits is None else _rows(model_logits),
+        temperature,
+        beta,
+        seed.contiguous(),
+        position.contiguous(),
+    )
+    return Draw(token, logprob, base_logprob, token_novelty, kl, count, status)
+
+
+def explore(
+    logits: Tensor,
+    params: RowParams,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    direction: Tensor | None = None,
+    head: Head | None = None,
+    model_logits: Tensor | None = None,
+    model_weight: float = 1.0,
+    filter_order: FilterOrder = "transformers",
+    max_candidates: int = 256,
+    active: Tensor | None = None,
+) -> Draw:
+    _check_device(logits)
+    return Draw(
+        *ops.explore_op(
+            _rows(logits),
+            *_flat(params),
+            seed.contiguous(),
+            position.contiguous(),
+            None if active is None else active.contiguous(),
+            None if model_logits is None else _rows(model_logits),
+            None if direction is None else direction.detach(),
+            None if head is None else head.weight.detach(),
+            None if head is None else _detached(head.bias),
+            None if head is None else _detached(head.center),
+            1.0 if head is None else float(head.scale),
+            None if head is None else head.softcap,
+            None if head is None else head.clip,
+            0 if head is None else head.vocab_start,
+            float(model_weight),
+            min(max_candidates, logits.shape[1]),
+            filter_order == "vllm",
+        )
+    )
