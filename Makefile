@@ -51,6 +51,12 @@ test: venv ## all tests; without a GPU the kernels run in Triton's interpreter (
 test-gpu: ## all tests with compiled kernels, in the system's Python; installs nothing
 	env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_ARGS)
 
+.PHONY: memcheck-gpu
+memcheck-gpu: ## small kernel tests under NVIDIA's compute-sanitizer: reads and writes outside what was allocated
+	env -u TRITON_INTERPRET PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 KERNEL_EXAMPLES=5 \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x \
+		tests/test_kernels_select.py tests/test_kernels_draw.py -k 'not full_size and not many_rows'
+
 .PHONY: check-kernels
 check-kernels: venv ## compile every kernel and configuration for GPUs that need not be here; spills, shared memory, loads
 	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \

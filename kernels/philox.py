@@ -1,20 +1,23 @@
 """Philox4x32-10 and the Gumbel noise made from it; bit for bit what esamp_core/philox.py specifies.
 
-One block of four words serves four neighbouring token ids: counter (id // 4, 0, position low, position high), key seed.
+One block of four words serves four neighbouring token ids: counter (id // 4, purpose, position low, position high),
+key seed.
 """
 
 import triton
 import triton.language as tl
 
 SERIES_BELOW = tl.constexpr(2.0**-5)
+DOMAIN_DRAW = tl.constexpr(0)  # second counter word, as in esamp_core/philox.py: no two uses share a stream
+DOMAIN_ROUNDING = tl.constexpr(2)
 
 
 @triton.jit
-def philox(blocks, seed, position):
-    """The four uint32 words of the blocks `blocks` (int32) for an int64 seed and position."""
+def philox(blocks, domain, seed, position):
+    """The four uint32 words of the blocks `blocks` (int32) for a purpose and an int64 seed and position."""
     zero = blocks.to(tl.uint32) * 0
     c0 = blocks.to(tl.uint32)
-    c1 = zero
+    c1 = zero + domain
     c2 = zero + (position & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     k0 = zero + (seed & 0xFFFFFFFF).to(tl.uint32)
@@ -40,7 +43,7 @@ def philox(blocks, seed, position):
 @triton.jit
 def token_bits(token_ids, seed, position):
     """The uint32 words of any token ids >= 0 (int32)."""
-    word0, word1, word2, word3 = philox(token_ids >> 2, seed, position)
+    word0, word1, word2, word3 = philox(token_ids >> 2, DOMAIN_DRAW, seed, position)
     word = token_ids & 3
     return tl.where(word < 2, tl.where(word == 0, word0, word1), tl.where(word == 2, word2, word3))
 
@@ -48,7 +51,7 @@ def token_bits(token_ids, seed, position):
 @triton.jit
 def tile_bits(first_id, seed, position, TILE: tl.constexpr):
     """The words of the tokens first_id .. first_id + TILE - 1, a fourth of the work; first_id is a multiple of 4."""
-    word0, word1, word2, word3 = philox((first_id >> 2) + tl.arange(0, TILE // 4), seed, position)
+    word0, word1, word2, word3 = philox((first_id >> 2) + tl.arange(0, TILE // 4), DOMAIN_DRAW, seed, position)
     return tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (TILE,))
 
 

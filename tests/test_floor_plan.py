@@ -29,7 +29,7 @@ MAY_IMPORT = {
 }
 KERNEL_LIBRARIES = ("__future__", "collections", "dataclasses", "functools", "math", "os", "torch", "triton", "typing")
 # The one door to the kernels; esamp_core.ops opens it only when the triton backend is chosen.
-OPS_LAYER = ("esamp_core.triton_backend",)
+OPS_LAYER = ("esamp_core.triton_backend", "esamp_core.triton_distiller")
 # `import esamp_core.sample` needs none of these.
 OPTIONAL = ("transformers", "triton", "typer", "rich")
 
