@@ -13,7 +13,7 @@ Who may touch what, and why no buffer needs a twin:
 
 - ``shallow``, ``active``: written by main in predict(t), read by the second stream in predict(t) only.  Main waits for
   predict(t-1) before it writes again.
-- activations, their rows and mask: owned by the second stream; predict(t) writes them, learn(t) reads them.
+- activations, copies of their rows and mask: owned by the second stream; predict(t) writes them, learn(t) reads them.
 - ``pred``: written by predict(t), read by main between its wait and the next predict's publish.
 - ``target``: written by main after waiting for predict(t), which stands behind learn(t-1), its last reader.
 """
@@ -125,6 +125,7 @@ class Learner:
         else:
             self._target = torch.zeros(max_rows, hidden, device=device)
         self._saved: tuple[Activations, RowGroups, Tensor] | None = None
+        self._groups: tuple[RowGroups, RowGroups] | None = None  # of main, and the second stream's copy
         self._rows = 0  # of the latest predict
         self._staged = False
         self._scale_known = self._config.target == "choice" or self._config.deep_scale is not None
@@ -179,6 +180,10 @@ class Learner:
 
     @torch.no_grad()  # the head may be a parameter that requires grad
     def _forward(self, rows: int, groups: RowGroups) -> None:
+        # Main may free its Rows while learning still reads them, and reuse their memory at once: keep a copy here.
+        if self._groups is None or self._groups[0] is not groups:
+            self._groups = (groups, RowGroups(*(t.clone() for t in groups)))
+        groups = self._groups[1]
         active = self._active[:rows].clone()
         saved = ops.distiller_forward(self._shallow[:rows], groups, self._bank.state.weights, self._bank.scale)
         self._pred[:rows].copy_(saved.pred)
