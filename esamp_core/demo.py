@@ -17,6 +17,7 @@ from rich.text import Text
 from esamp_core import countdown
 from esamp_core.config import DistillerConfig, SamplingParams
 from esamp_core.metrics import Difference, paired_bootstrap, pass_at_k
+from esamp_core.ops import backend_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +121,10 @@ def run_demo(console: Console, *, problems: int, samples: int, params: SamplingP
         f"Distiller error (relative, mean over {problems} prompts): {explored.first_loss:.2f} at its first step, "
         f"{explored.loss:.2f} at its last."
     )
-    console.print(f"Time: vanilla {vanilla.seconds:.1f} s, exploratory {explored.seconds:.1f} s (PyTorch path, CPU).")
+    backend = backend_name("cpu")
+    console.print(
+        f"Time: vanilla {vanilla.seconds:.1f} s, exploratory {explored.seconds:.1f} s ({backend} on the CPU)."
+    )
     console.print(verdict(vanilla, explored))
     show_novelty(console, chosen, explored, tokenizer)
 
