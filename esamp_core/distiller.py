@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -80,15 +80,31 @@ class DistillerBank:
 
     # ------------------------------------------------------------------------------------------ leases
 
-    def acquire(self, group: Hashable, retain: bool) -> tuple[Lease, bool]:
-        """The group's lease, and whether its slot is new and must be reset.  Raises CapacityError."""
-        self._clock += 1
-        lease = self.leases.get(group)
-        fresh = lease is None
-        if lease is None:
-            lease = self.leases[group] = Lease(self._take_slot(group))
-        lease.retain, lease.last_used = retain, self._clock
-        return lease, fresh
+    def acquire(self, groups: Iterable[Hashable], retain: bool) -> set[Hashable]:
+        """Lease slots to all of these groups, or to none.
+
+        Returns the groups whose slot is new and must be reset.  Raises CapacityError.
+        """
+        wanted = dict.fromkeys(groups)
+        new = [g for g in wanted if g not in self.leases]
+        idle = [g for g, lease in self.leases.items() if lease.rows == 0 and g not in wanted]
+        evictable = sorted(idle, key=lambda g: self.leases[g].last_used) if self.on_full == "evict" else []
+        room = len(self._free) + len(evictable)
+        if len(new) > room:
+            held = [repr(g) for g in (*self.leases, *new[:room])]
+            holders = ", ".join(held[:8]) + (", ..." if len(held) > 8 else "")
+            raise CapacityError(
+                f"no Distiller slot for group {new[room]!r}: all {self.max_groups} (max_groups) are held by {holders}; "
+                f"{len(idle)} of them are idle and on_full={self.on_full!r}"
+            )
+        for group in evictable[: max(0, len(new) - len(self._free))]:
+            self._drop(group)
+        for group in new:
+            self.leases[group] = Lease(self._free.pop())
+        for group in wanted:
+            self._clock += 1
+            self.leases[group].retain, self.leases[group].last_used = retain, self._clock
+        return set(new)
 
     def release_row(self, group: Hashable) -> None:
         """One row of the group has ended; the last one gives the slot back, or leaves the group idle."""
@@ -101,18 +117,6 @@ class DistillerBank:
     def _drop(self, group: Hashable) -> None:
         self._free.append(self.leases.pop(group).slot)
         self._warned.discard(group)
-
-    def _take_slot(self, group: Hashable) -> int:
-        idle = [g for g, lease in self.leases.items() if lease.rows == 0]
-        if not self._free and self.on_full == "evict" and idle:
-            self._drop(min(idle, key=lambda g: self.leases[g].last_used))
-        if not self._free:
-            holders = ", ".join(repr(g) for g in list(self.leases)[:8]) + (", ..." if len(self.leases) > 8 else "")
-            raise CapacityError(
-                f"no Distiller slot for group {group!r}: all {self.max_groups} (max_groups) are held by {holders}; "
-                f"{len(idle)} of them are idle and on_full={self.on_full!r}"
-            )
-        return self._free.pop()
 
     # ------------------------------------------------------------------------------------------ device memory
 
@@ -178,9 +182,10 @@ class DistillerBank:
             got = saved["tensors"][name]
             if got.shape[1:] != tensor.shape[1:]:
                 raise ArgumentError(f"state tensor {name} must be [*, {list(tensor.shape[1:])}], got {list(got.shape)}")
+        self.acquire((entry["group"] for entry in saved["groups"]), retain=True)
         self.scale.copy_(saved["scale"])
         for i, entry in enumerate(saved["groups"]):
-            lease, _ = self.acquire(entry["group"], retain=True)
+            lease = self.leases[entry["group"]]
             lease.next_sample_index = entry["next_sample_index"]
             for name, tensor in self._named_tensors().items():
                 tensor[lease.slot].copy_(saved["tensors"][name][i])

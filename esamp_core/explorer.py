@@ -198,9 +198,7 @@ class Explorer:
         groups = list(groups)
         count = len(groups)
         per_row = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
-        columns = (
-            RowParams.of(per_row, count, self._device) if count else RowParams.of(SamplingParams(), 0, self._device)
-        )
+        columns = RowParams.of(per_row, count, self._device)
         positions = [position] * count if isinstance(position, int) else list(position)
         for name, values in (("sample_index", sample_index), ("position", positions)):
             if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
@@ -239,31 +237,23 @@ class Explorer:
         seeds: list[int],
         retain: bool,
     ) -> list[_Row]:
-        acquired: list[Hashable] = []
-        fresh: dict[int, int] = {}
+        fresh = self._bank.acquire((g for g in groups if g is not None), retain)
         rows: list[_Row] = []
         plain_index = 0
-        try:
-            for i, (group, p) in enumerate(zip(groups, params, strict=True)):
-                if group is None:
-                    given = plain_index if sample_index is None else sample_index[i]
-                    rows.append(_Row(None, -1, given, False))
-                    plain_index += 1
-                    continue
-                lease, is_fresh = self._bank.acquire(group, retain)
-                if is_fresh:
-                    fresh[lease.slot] = seeds[i]
-                lease.rows += 1
-                acquired.append(group)
-                given = lease.next_sample_index if sample_index is None else sample_index[i]
-                lease.next_sample_index = max(lease.next_sample_index, given + 1)
-                rows.append(_Row(group, lease.slot, given, p.beta != 0))
-        except CapacityError:
-            for group in acquired:
-                self._bank.release_row(group)
-            raise
-        for slot, seed in fresh.items():
-            self._learner.reset(slot, seed)
+        for i, (group, p) in enumerate(zip(groups, params, strict=True)):
+            if group is None:
+                given = plain_index if sample_index is None else sample_index[i]
+                rows.append(_Row(None, -1, given, False))
+                plain_index += 1
+                continue
+            lease = self._bank.leases[group]
+            if group in fresh:  # the first of its rows
+                fresh.remove(group)
+                self._learner.reset(lease.slot, seeds[i])
+            lease.rows += 1
+            given = lease.next_sample_index if sample_index is None else sample_index[i]
+            lease.next_sample_index = max(lease.next_sample_index, given + 1)
+            rows.append(_Row(group, lease.slot, given, p.beta != 0))
         return rows
 
     def close(self, rows: Rows) -> None:

@@ -85,3 +85,26 @@ def test_repr_states_memory() -> None:
         explorer = Explorer(head, 3584, DistillerConfig(weight_dtype=dtype), max_groups=1, max_rows=1)
         assert explorer._bank.bytes_per_slot * 1024 < limit
         assert f"{explorer._bank.bytes_per_slot / 2**20:.2f} MiB per group" in repr(explorer)
+
+
+def test_an_open_that_fails_leaves_nothing_behind() -> None:
+    explorer = make(max_groups=2)
+    rows = explorer.open(["old"], PARAMS)
+    for t in range(5):
+        step(explorer, rows, seed=t)
+    explorer.close(rows)  # its slot is free again, with what it learned still in it
+    with pytest.raises(CapacityError):
+        explorer.open(["a", "b", "c"], PARAMS, retain=True)
+    assert explorer.stats() == {}
+    explorer.open(["a", "b"], PARAMS)
+    assert [s.updates for s in explorer.stats().values()] == [0, 0]
+
+
+def test_an_idle_group_that_is_opened_again_is_not_evicted_for_its_neighbour() -> None:
+    explorer = make(max_groups=2, on_full="evict")
+    for group in ("a", "b"):
+        rows = explorer.open([group], PARAMS, retain=True)
+        step(explorer, rows)
+        explorer.close(rows)
+    explorer.open(["new", "a"], PARAMS)  # a is the least recently used, and wanted
+    assert {group: s.updates for group, s in explorer.stats().items()} == {"a": 1, "new": 0}
