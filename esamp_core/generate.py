@@ -14,6 +14,7 @@ import torch
 
 from esamp_core.config import SamplingParams
 from esamp_core.decoder import Decoder, Generation
+from esamp_core.decoder_text import seeded_params
 from esamp_core.errors import ArgumentError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -137,11 +138,12 @@ def run_generate(
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
 
+        per_prompt = seeded_params(params, len(texts))
         Decoder(model, tokenizer).generate(
             [texts[i] for i in todo],
             n=n,
             # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
-            params=[replace(params, seed=None if params.seed is None else params.seed + i) for i in todo],
+            params=[per_prompt[i] for i in todo],
             max_new_tokens=max_new_tokens,
             stop_strings=tuple(stop),
             max_batch_rows=batch_rows,
