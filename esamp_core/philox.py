@@ -23,11 +23,6 @@ DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING = 0, 1, 2
 SERIES_BELOW = 2.0**-5
 
 
-def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    product = a * b  # wraps modulo 2^64, which keeps both halves right
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of counters c0..c3 (int64 holding 32-bit words) under a 64-bit key.
 
@@ -35,11 +30,13 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        hi0, lo0 = _mul_hi_lo(_MUL[0], c0)
-        hi1, lo1 = _mul_hi_lo(_MUL[1], c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        # Products wrap modulo 2^64, which keeps both halves right.  The low halves, c1 and c3, are only xored: what
+        # stands above their 32 bits may stay until then.
+        product0, product1 = _MUL[0] * c0, _MUL[1] * c2
+        c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _MASK, product1
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _MASK, product0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def as_int64(seed: int) -> int:
