@@ -10,10 +10,11 @@ from torch import Tensor
 from esamp_core import reference
 from esamp_core.config import FILTER_ORDERS, SamplingParams, is_int, require
 from esamp_core.errors import ArgumentError
-from esamp_core.structures import Candidates, DistillerWeights, Head, RowGroups, RowParams
+from esamp_core.structures import Activations, Candidates, DistillerWeights, Head, RowGroups, RowParams
 
 Params = SamplingParams | Sequence[SamplingParams] | RowParams
 MAX_VOCAB = 2**31 - 1
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
@@ -40,7 +41,7 @@ def check_tensor(
 
 def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:
     check_tensor(name, logits, (None, None), None)
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if logits.dtype not in LOGIT_DTYPES:
         raise ArgumentError(f"{name} must be float32, bfloat16 or float16, got {describe(logits)}")
     if like is not None:
         check_tensor(name, logits, tuple(like.shape), like.device)
@@ -115,3 +116,45 @@ def check_groups(groups: RowGroups, rows: int, slots: int, device: torch.device)
     size = min(rows, slots)
     for name, tensor, length in zip(groups._fields, groups, (rows, size, size + 1), strict=True):
         check_tensor(f"groups.{name}", tensor, (length,), device, "int")
+
+
+def check_activations(name: str, activations: Activations, hidden: int, rank: int, device: torch.device) -> int:
+    """Returns the number of rows."""
+    require(isinstance(activations, Activations), name, "be Activations", type(activations).__name__)
+    check_tensor(f"{name}.x", activations.x, (None, hidden), device)
+    rows = activations.x.shape[0]
+    wide, narrow, column = (rows, hidden), (rows, rank), (rows,)
+    shapes = (wide, narrow, narrow, wide, column, column, wide)
+    for field, tensor, shape in zip(activations._fields, activations, shapes, strict=True):
+        check_tensor(f"{name}.{field}", tensor, shape, device)
+    return rows
+
+
+def check_out(out: Activations | None, shallow: Tensor, rank: int) -> None:
+    """Memory for the activations of shallow."""
+    if out is None:
+        return
+    check_activations("out", out, shallow.shape[1], rank, shallow.device)
+    check_tensor("out.x", out.x, tuple(shallow.shape), shallow.device)
+    dtype = torch.float64 if shallow.dtype == torch.float64 else torch.float32
+    for field, tensor in zip(out._fields, out, strict=True):
+        fits = tensor.dtype == dtype and tensor.is_contiguous()
+        require(fits, f"out.{field}", f"be contiguous and {dtype}", f"{tensor.dtype}, strides {tensor.stride()}")
+
+
+def check_scratch(scratch: Tensor | None, device: torch.device) -> None:
+    if scratch is not None:
+        check_tensor("scratch", scratch, (None,), device)
+        fits = scratch.dtype == torch.float32 and scratch.is_contiguous()
+        require(fits, "scratch", "come from distiller_scratch", describe(scratch))
+
+
+def check_target(target: Tensor, head: Head | None, rows: int, hidden: int, device: torch.device) -> None:
+    """What a Distiller learns: numbers, or token ids with the head whose rows they name."""
+    if head is None:
+        check_tensor("target", target, (rows, hidden), device)
+        return
+    require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
+    check_tensor("head.weight", head.weight, (None, hidden), device)
+    require(head.vocab_start == 0, "head.vocab_start", "be 0: a whole head, no shard of one", head.vocab_start)
+    check_tensor("target", target, (rows,), device, "int")

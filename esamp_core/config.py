@@ -70,7 +70,8 @@ class DistillerConfig:
 
     rank: r, width of the gated bottleneck. Default 64.
     lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default 0.3: of
-        {0.03, 0.1, 0.2, 0.3, 0.5, 1} the lowest error after 64 steps on recorded states of the embedded model.
+        {0.03, 0.1, 0.2, 0.3, 0.5, 1} the lowest error at steps 26-52 on recorded states of the embedded model
+        (``bench/replay.py``; docs/quality.md has the table).
     momentum: 0 (default) is plain SGD; above 0 costs one more buffer of the size of the weights, in float32.
     clip: bound on the rms over H of a row's error gradient, in units of the deep state's scale. Default 1.
     target: "deep" learns the deep hidden state (the paper); "choice" learns which tokens siblings draw.
@@ -78,6 +79,8 @@ class DistillerConfig:
     seed: seed of the start weights, the same for every group. Default 0.
     deep_scale: s, the rms of the deep hidden state; None (default) measures it on the first learned batch.
     patience: warn when a group's loss has not fallen after this many updates. Default 256.
+    start: file of start weights for this model and rank, written by ``esamp calibrate``; None (default) starts every
+        group at the identity path. Only with target "deep". It wants a tenth of the default lr (docs/quality.md).
     """
 
     rank: int = 64
@@ -89,6 +92,7 @@ class DistillerConfig:
     seed: int = 0
     deep_scale: float | None = None
     patience: int = 256
+    start: str | None = None
 
     def __post_init__(self) -> None:
         require(is_int(self.rank) and 1 <= self.rank <= 1024, "rank", "be an integer in 1..1024", self.rank)
@@ -102,3 +106,5 @@ class DistillerConfig:
         ok_scale = self.deep_scale is None or (is_real(self.deep_scale) and self.deep_scale > 0)
         require(ok_scale, "deep_scale", "be None or a finite number > 0", self.deep_scale)
         require(is_int(self.patience) and self.patience >= 1, "patience", "be an integer >= 1", self.patience)
+        ok_start = self.start is None or (isinstance(self.start, str) and self.target == "deep")
+        require(ok_start, "start", 'be None or a path as text, with target "deep"', self.start)

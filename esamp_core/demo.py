@@ -16,8 +16,8 @@ from rich.text import Text
 
 from esamp_core import countdown
 from esamp_core.config import DistillerConfig, SamplingParams
+from esamp_core.dispatch import backend_name
 from esamp_core.metrics import Difference, paired_bootstrap, pass_at_k
-from esamp_core.ops import backend_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

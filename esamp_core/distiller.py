@@ -21,6 +21,7 @@ from esamp_core.reference_distiller import INIT_STD
 from esamp_core.structures import DistillerState, DistillerWeights
 
 OnFull = Literal["error", "evict"]
+START_FORMAT = "esamp-distiller-start-1"  # of the files that `esamp calibrate` writes
 
 
 @dataclass
@@ -230,15 +231,35 @@ def start_weights(hidden_size: int, config: DistillerConfig, device: torch.devic
     """One Distiller at birth: A, G ~ N(0, 0.02^2), b = 1, and pred = s * LayerNorm(x), the identity path.
 
     With target "choice" pred starts at 0 instead (w = 0): nothing was chosen yet.  Drawn on the CPU, so that every
-    device starts from the same bits.
+    device starts from the same bits.  With ``config.start`` it is read from that file.
     """
     h, r = hidden_size, config.rank
+    if config.start is not None:
+        return DistillerWeights(*(t.to(device) for t in _read_start(config.start, h, config)))
     generator = torch.Generator().manual_seed(config.seed)
     up, gate = (torch.randn(h, r, generator=generator) * INIT_STD for _ in range(2))
     norm_weight = torch.zeros(h) if config.target == "choice" else torch.ones(h)
     weights = DistillerWeights(up, gate, torch.zeros(r, h), torch.ones(r), norm_weight, torch.zeros(h))
     weights = weights._replace(**{k: getattr(weights, k).to(config.weight_dtype) for k in ("up", "gate", "down")})
     return DistillerWeights(*(t.to(device) for t in weights))
+
+
+def _read_start(path: str, hidden_size: int, config: DistillerConfig) -> DistillerWeights:
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:  # of the operating system, or safetensors' own
+        raise ArgumentError(f"start cannot be read from {path!r}: {error}") from None
+    if metadata.get("format") != START_FORMAT or set(tensors) != set(DistillerWeights._fields):
+        raise ArgumentError(f"start must be a file written by `esamp calibrate`, got {path!r}")
+    got = tuple(tensors["up"].shape)
+    if got != (hidden_size, config.rank):
+        raise ArgumentError(f"start must be for H={hidden_size} and rank={config.rank}, got {got} in {path!r}")
+    weights = DistillerWeights(**tensors)
+    return weights._replace(**{k: getattr(weights, k).to(config.weight_dtype) for k in ("up", "gate", "down")})
 
 
 def _empty_state(start: DistillerWeights, config: DistillerConfig, slots: int, device: torch.device) -> DistillerState:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import esamp_core
-from esamp_core.ops import backend_name
+from esamp_core.dispatch import backend_name
 
 
 def _version(package: str) -> str:

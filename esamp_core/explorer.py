@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,112 +13,13 @@ from torch import Tensor
 from esamp_core import ops
 from esamp_core.checks import check_logits, check_options, check_tensor
 from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams, is_int, require
+from esamp_core.dispatch import backend_name
 from esamp_core.distiller import DistillerBank, GroupStats, OnFull
 from esamp_core.errors import ArgumentError, CapacityError, StateError
 from esamp_core.learner import Lane, Learner, default_lane
 from esamp_core.philox import as_int64, row_seeds
+from esamp_core.rows import Row, Rows
 from esamp_core.structures import Draw, Head, RowParams
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What the host knows of one running sequence."""
-
-    group: Hashable | None
-    slot: int
-    sample_index: int
-    explores: bool
-
-
-class Rows:
-    """The open sequences of a batch, in its order.  Immutable but for ``active`` and ``positions``, device tensors.
-
-    Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
-    """
-
-    def __init__(
-        self, explorer: Explorer, rows: list[_Row], seeds: Tensor, positions: Tensor, active: Tensor, params: RowParams
-    ) -> None:
-        self._explorer, self._rows, self._current = explorer, rows, True
-        self.seeds = seeds
-        """int64 [R], row seeds."""
-        self.positions = positions
-        """int64 [R], tokens drawn so far; advanced by ``sample``."""
-        self.active = active
-        """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
-        self.params = params
-        slots = torch.tensor([r.slot for r in rows], dtype=torch.int64, device=seeds.device)
-        rank = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=seeds.device)
-        self._groups = ops.group_rows(slots, explorer._bank.max_groups, rank)
-        self._explores = any(r.explores for r in rows)
-        self._grouped = any(r.slot >= 0 for r in rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        state = "" if self._current else ", outdated"
-        return f"Rows({len(self)} rows of {len({r.group for r in self._rows} - {None})} groups{state})"
-
-    @property
-    def groups(self) -> list[Hashable | None]:
-        """Each row's group, as given to ``open``."""
-        return [r.group for r in self._rows]
-
-    @property
-    def sample_index(self) -> list[int]:
-        """Each row's ordinal among its siblings."""
-        return [r.sample_index for r in self._rows]
-
-    def keep(self, which: Sequence[bool] | Sequence[int] | Tensor) -> Rows:
-        """Only these rows, in this order; the others are closed.
-
-        which: R host booleans, or distinct row numbers in any order (a list or a CPU tensor; reading a GPU tensor
-        would stall the batch and is refused).  Call it between ``learn`` and the next ``predict``.
-        """
-        indices = _host_indices(which, len(self))
-        self._explorer._retire(self)
-        kept = set(indices)
-        self._explorer._release([r for i, r in enumerate(self._rows) if i not in kept])
-        index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
-        return Rows(
-            self._explorer,
-            [self._rows[i] for i in indices],
-            self.seeds[index],
-            self.positions[index],
-            self.active[index],
-            self.params.take(index),
-        )
-
-    def __add__(self, other: Rows) -> Rows:
-        """These rows, then those."""
-        if not isinstance(other, Rows):
-            return NotImplemented
-        if self is other or self._explorer is not other._explorer:
-            raise ArgumentError("rows + rows must be two different Rows of one Explorer")
-        self._explorer._retire(self)
-        self._explorer._retire(other)
-        return Rows(
-            self._explorer,
-            self._rows + other._rows,
-            torch.cat([self.seeds, other.seeds]),
-            torch.cat([self.positions, other.positions]),
-            torch.cat([self.active, other.active]),
-            RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
-        )
-
-
-def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> list[int]:
-    if isinstance(which, Tensor) and which.device.type != "cpu":
-        raise ArgumentError(f"which must be on the host, got a tensor on {which.device}")
-    values = which.tolist() if hasattr(which, "tolist") else list(which)
-    if values and all(isinstance(v, bool) for v in values):
-        if len(values) != rows:
-            raise ArgumentError(f"which must have one boolean per row ({rows}), got {len(values)}")
-        return [i for i, v in enumerate(values) if v]
-    if not all(is_int(v) and 0 <= v < rows for v in values) or len(set(values)) != len(values):
-        raise ArgumentError(f"which must be booleans or distinct row numbers below {rows}, got {values!r}")
-    return values
 
 
 class Explorer:
@@ -171,8 +71,15 @@ class Explorer:
             f"Explorer(hidden_size={bank.hidden_size}, rank={self.config.rank}, target={self.config.target!r}, "
             f"{len(bank.leases)}/{bank.max_groups} groups, {self._open_rows}/{self.max_rows} rows, "
             f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.max_groups * mib:.0f} MiB "
-            f"in all, backend={ops.backend_name(self._device)!r} on {self._device})"
+            f"in all, backend={backend_name(self._device)!r} on {self._device})"
         )
+
+    def warm_up(self, dtype: torch.dtype = torch.float32) -> None:
+        """Compile the kernels for logits [R, V] of this dtype now, instead of during the first steps.
+
+        V is the head's.  Without Triton there is nothing to do.  Raises ArgumentError.
+        """
+        ops.warm_up(self._learner.head, self.config, max_candidates=self.max_candidates, dtype=dtype)
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -236,14 +143,14 @@ class Explorer:
         sample_index: Sequence[int] | None,
         seeds: list[int],
         retain: bool,
-    ) -> list[_Row]:
+    ) -> list[Row]:
         fresh = self._bank.acquire((g for g in groups if g is not None), retain)
-        rows: list[_Row] = []
+        rows: list[Row] = []
         plain_index = 0
         for i, (group, p) in enumerate(zip(groups, params, strict=True)):
             if group is None:
                 given = plain_index if sample_index is None else sample_index[i]
-                rows.append(_Row(None, -1, given, False))
+                rows.append(Row(None, -1, given, False))
                 plain_index += 1
                 continue
             lease = self._bank.leases[group]
@@ -253,7 +160,7 @@ class Explorer:
             lease.rows += 1
             given = lease.next_sample_index if sample_index is None else sample_index[i]
             lease.next_sample_index = max(lease.next_sample_index, given + 1)
-            rows.append(_Row(group, lease.slot, given, p.beta != 0))
+            rows.append(Row(group, lease.slot, given, p.beta != 0))
         return rows
 
     def close(self, rows: Rows) -> None:
@@ -266,7 +173,7 @@ class Explorer:
         self._bank.stats()  # warns of groups that did not learn
         self._release(rows._rows)
 
-    def _release(self, rows: list[_Row]) -> None:
+    def _release(self, rows: list[Row]) -> None:
         for row in rows:
             if row.group is not None:
                 self._bank.release_row(row.group)
@@ -320,7 +227,7 @@ class Explorer:
         if rows._explores and not predicted:
             raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
         use = predicted and rows._explores and self._learner.scored
-        draw = ops.explore(
+        draw = self._explore(
             logits,
             rows.params,
             rows.seeds,
@@ -336,6 +243,9 @@ class Explorer:
         rows.positions += (draw.token_ids >= 0).long()
         self._sampled, self._drawn = predicted, draw.token_ids
         return draw
+
+    def _explore(self, *args: Any, **kwargs: Any) -> Draw:
+        return ops.explore(*args, **kwargs)  # overridden where the head is in shards
 
     def learn(self, deep: Tensor | None, rows: Rows) -> None:
         """Stage this step's lesson; the next ``predict`` enqueues it.
@@ -358,7 +268,20 @@ class Explorer:
         if self._learner.learns and rows._grouped:
             self._learner.stage(target.detach())
 
+    def flush(self) -> None:
+        """Enqueue what ``learn`` has staged now, instead of at the next ``predict``.
+
+        For engines that only call ``predict`` when the forward is over: learning then runs beside the next forward.
+        The result is the same, bit for bit.  Returns at once.
+        """
+        self._learner.flush()
+
     # ------------------------------------------------------------------------------------------ state
+
+    @property
+    def step_state(self) -> tuple[object, ...]:
+        """What the host knows and a step depends on: a captured step may be replayed while it is what it was then."""
+        return self._step_rows is None, *self._learner.host_state
 
     def stats(self) -> dict[Hashable, GroupStats]:
         """What each group has learned.  Waits for the device."""

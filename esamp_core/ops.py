@@ -9,30 +9,31 @@ R = 0 is allowed everywhere.  Source of the method: arXiv 2604.24927; semantics:
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from esamp_core import reference
 from esamp_core.checks import (
+    LOGIT_DTYPES,
     Params,
+    check_activations,
     check_active,
     check_candidates,
     check_groups,
     check_head,
     check_logits,
     check_options,
+    check_out,
     check_params,
     check_row_integers,
+    check_scratch,
+    check_target,
     check_tensor,
     check_weights,
 )
 from esamp_core.config import DistillerConfig, FilterOrder, is_int, is_real, require
+from esamp_core.dispatch import backend as _backend
+from esamp_core.dispatch import backend_name
 from esamp_core.errors import ArgumentError
 from esamp_core.structures import (
     Activations,
@@ -44,31 +45,6 @@ from esamp_core.structures import (
     Reweighted,
     RowGroups,
 )
-
-BACKENDS = ("auto", "triton", "torch")
-
-
-@functools.cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def backend_name(device: torch.device | str) -> str:
-    """ "triton" or "torch": what runs for tensors on this device, by ``ESAMP_BACKEND``."""
-    choice = os.environ.get("ESAMP_BACKEND", "auto")
-    require(choice in BACKENDS, "ESAMP_BACKEND", f"be one of {', '.join(BACKENDS)}", choice)
-    if choice == "triton" and not _installed("triton"):
-        raise ArgumentError("ESAMP_BACKEND=triton, but triton is not installed")
-    if choice == "auto":
-        choice = "triton" if torch.device(device).type == "cuda" and _installed("triton") else "torch"
-    return choice
-
-
-def _backend(device: torch.device) -> ModuleType:
-    if backend_name(device) == "torch":
-        return reference
-    return importlib.import_module("esamp_core.triton_backend")
-
 
 # ---------------------------------------------------------------------------------------------- sampling
 
@@ -306,20 +282,47 @@ def group_rows(slots: Tensor, num_slots: int, rank: Tensor | None = None) -> Row
     return reference.group_rows(slots, num_slots, rank)
 
 
-def distiller_forward(shallow: Tensor, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> Activations:
+def distiller_scratch(weights: DistillerWeights, rows: int) -> Tensor:
+    """Work space of distiller_forward and distiller_step_ for up to R rows, so that they allocate nothing.
+
+    float32 [N] on the weights' device, about 8 H bytes per row; empty where PyTorch runs.  What it
+    holds between calls means nothing.  Calls that may run at the same time need one each.  Raises ArgumentError.
+    """
+    check_weights(weights)
+    require(is_int(rows) and rows >= 0, "rows", "be an integer >= 0", rows)
+    device = weights.up.device
+    empty = backend_name(device) == "torch"
+    return torch.empty(0, device=device) if empty else _backend(device).distiller_scratch(weights, rows)
+
+
+def distiller_forward(
+    shallow: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    out: Activations | None = None,
+    scratch: Tensor | None = None,
+) -> Activations:
     """Predict deep hidden states from shallow ones, each row with its group's Distiller.
 
     ``x = shallow / rms(shallow)``, ``y = x + ((x A) * silu(x G + b)) B``, ``pred = scale * (w * LayerNorm(y) + c)``.
     rms is floored at 1e-6; the LayerNorm's epsilon is 1e-5.
 
     shallow: [R, H] float.  groups: from :func:`group_rows`.  weights: [S, ...] (see :class:`DistillerWeights`).
-    scale: float32 0-d tensor, s.  Returns :class:`Activations`, zeros for rows in no group.  Raises ArgumentError.
+    scale: float32 0-d tensor, s.  out: contiguous float32 (float64 for float64 shallow) memory to write into, which
+    must not overlap shallow; default new.  scratch: from :func:`distiller_scratch` for at least R rows; default new.
+    Returns :class:`Activations`, ``out`` where given; zeros for rows in no group.  Raises ArgumentError.
     """
     slots, hidden = check_weights(weights)
     check_tensor("shallow", shallow, (None, hidden), weights.up.device)
     check_tensor("scale", scale, (), weights.up.device)
     check_groups(groups, shallow.shape[0], slots, shallow.device)
-    result: Activations = _backend(shallow.device).distiller_forward(shallow, groups, weights, scale)
+    check_out(out, shallow, weights.up.shape[2])
+    check_scratch(scratch, shallow.device)
+    result: Activations = _backend(shallow.device).distiller_forward(
+        shallow, groups, weights, scale, out=out, scratch=scratch
+    )
     return result
 
 
@@ -331,7 +334,9 @@ def distiller_step_(
     scale: Tensor,
     config: DistillerConfig,
     *,
+    head: Head | None = None,
     active: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None:
     """One SGD step per group, in place, on the mean relative squared error of its active rows.
 
@@ -341,7 +346,10 @@ def distiller_step_(
     ``reference_distiller.learning_rates``: lr over the squared size of what the tensor multiplies.
 
     state: :class:`DistillerState`.  activations: from :func:`distiller_forward`, same rows and groups, with the
-    weights unchanged since.  target: [R, H] float, the deep hidden states.  active: bool [R], rows that teach.
+    weights unchanged since.  target: [R, H] float, the deep hidden states; or int64 [R] token ids, whose targets are
+    ``(W[id] - center) * scale`` of ``head`` (its bias, softcap and clip play no part).  head: given with token ids and
+    only then; the whole vocabulary's, because shards of it would teach their copies of a Distiller different things.
+    active: bool [R], rows that teach; a token id that the head lacks, such as -1, does not.  scratch: as above.
     A group without active rows is left alone; one whose loss or gradient is not finite too, and ``nonfinite`` counts.
     Raises ArgumentError.
     """
@@ -349,13 +357,31 @@ def distiller_step_(
     require(isinstance(state, DistillerState), "state", "be a DistillerState", type(state).__name__)
     slots, hidden = check_weights(state.weights, "state.weights")
     device = state.weights.up.device
-    require(isinstance(activations, Activations), "activations", "come from distiller_forward", activations)
-    check_tensor("activations.x", activations.x, (None, hidden), device)
-    rows = activations.x.shape[0]
-    check_tensor("target", target, (rows, hidden), device)
+    rows = check_activations("activations", activations, hidden, state.weights.up.shape[2], device)
+    check_target(target, head, rows, hidden, device)
     check_tensor("scale", scale, (), device)
     check_groups(groups, rows, slots, device)
     check_active(active, rows, device)
     if config.momentum > 0 and state.momentum is None:
         raise ArgumentError(f"state.momentum must be a buffer for momentum={config.momentum}, got None")
-    _backend(device).distiller_step_(state, activations, target, groups, scale, config, active=active)
+    check_scratch(scratch, device)
+    _backend(device).distiller_step_(
+        state, activations, target, groups, scale, config, head=head, active=active, scratch=scratch
+    )
+
+
+# ---------------------------------------------------------------------------------------------- start-up
+
+
+def warm_up(
+    head: Head, config: DistillerConfig, *, max_candidates: int = 256, dtype: torch.dtype = torch.float32
+) -> None:
+    """Compile now what the first steps would compile: for logits of this dtype, this head and Distillers of config.
+
+    Only Triton compiles; with the PyTorch backend there is nothing to do.  Raises ArgumentError.
+    """
+    check_options("transformers", max_candidates)
+    require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
+    device = head.weight.device
+    if backend_name(device) == "triton":
+        _backend(device).warm_up_head(head, config, max_candidates, dtype)

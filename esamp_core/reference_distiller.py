@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esamp_core.config import DistillerConfig
 from esamp_core.philox import DOMAIN_ROUNDING, philox
-from esamp_core.structures import Activations, DistillerState, DistillerWeights, RowGroups
+from esamp_core.structures import Activations, DistillerState, DistillerWeights, Head, RowGroups
 
 LAYER_NORM_EPS = 1e-5
 RMS_FLOOR = 1e-6
@@ -57,17 +57,21 @@ def _matrix(weights: Tensor, slot: int) -> Tensor:
     return matrix if matrix.data_ptr() % 64 == 0 else matrix.clone()
 
 
-def distiller_forward(shallow: Tensor, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> Activations:
-    rows, hidden = shallow.shape
-    rank = weights.up.shape[-1]
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=_wide(shallow[:0]).dtype, device=shallow.device)
-
-    saved = Activations(
-        x=zeros(rows, hidden), up=zeros(rows, rank), gate=zeros(rows, rank), y=zeros(rows, hidden),
-        mean=zeros(rows), rstd=zeros(rows), pred=zeros(rows, hidden),
-    )  # fmt: skip
+def distiller_forward(
+    shallow: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    out: Activations | None = None,
+    scratch: Tensor | None = None,
+) -> Activations:
+    saved = out
+    if saved is None:
+        rows, hidden = shallow.shape
+        saved = Activations.empty(rows, hidden, weights.up.shape[2], shallow.device, _wide(shallow[:0]).dtype)
+    for field in saved:
+        field.zero_()  # rows without a slot
     for slot, members in _each_group(groups):
         x = _wide(shallow[members])
         # A floor, not an added epsilon: multiplying shallow by a constant then changes nothing.
@@ -110,12 +114,17 @@ def distiller_step_(
     scale: Tensor,
     config: DistillerConfig,
     *,
+    head: Head | None = None,
     active: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None:
-    hidden = target.shape[-1]
     if config.lr == 0:
         return
-    rates = learning_rates(config, hidden)
+    if head is not None:
+        known = (target >= 0) & (target < head.vocab_size)
+        active = known if active is None else active & known
+        target = token_targets(head, target)
+    rates = learning_rates(config, target.shape[-1])
     for slot, members in _each_group(groups):
         taught = members if active is None else members[active[members]]
         if taught.numel() == 0:
@@ -139,6 +148,12 @@ def distiller_step_(
                 updated = stochastic_round(updated, state.seed[slot], state.updates[slot], index)
             weight[slot] = updated
         state.updates[slot] += 1
+
+
+def token_targets(head: Head, token_ids: Tensor) -> Tensor:
+    """float32 [R, H]: the centred, scaled head rows of tokens; of any row where there is no such token."""
+    rows = _wide(head.weight.detach()[token_ids.long().clamp(0, head.vocab_size - 1)])
+    return (rows if head.center is None else rows - head.center) * head.scale
 
 
 def slot_gradients(

@@ -5,12 +5,13 @@ Functional: the ops that it is made of, for those who keep their own state.
 """
 
 from esamp_core.config import DistillerConfig, SamplingParams
+from esamp_core.dispatch import backend_name
 from esamp_core.distiller import GroupStats
 from esamp_core.errors import ArgumentError, CapacityError, EsampError, StateError
-from esamp_core.explorer import Explorer, Rows
+from esamp_core.explorer import Explorer
 from esamp_core.ops import (
-    backend_name,
     distiller_forward,
+    distiller_scratch,
     distiller_step_,
     draw,
     explore,
@@ -20,8 +21,10 @@ from esamp_core.ops import (
     score_candidates,
     select_candidates,
     transform_scores,
+    warm_up,
 )
 from esamp_core.philox import row_seeds
+from esamp_core.rows import Rows
 from esamp_core.structures import (
     Activations,
     Candidates,
@@ -57,6 +60,7 @@ __all__ = [
     "Status",
     "backend_name",
     "distiller_forward",
+    "distiller_scratch",
     "distiller_step_",
     "draw",
     "explore",
@@ -67,4 +71,5 @@ __all__ = [
     "score_candidates",
     "select_candidates",
     "transform_scores",
+    "warm_up",
 ]

@@ -184,6 +184,15 @@ class Activations(NamedTuple):
     rstd: Tensor  # [R] 1 / sqrt(var(y) + 1e-5)
     pred: Tensor  # [R, H] s * (w * (y - mean) * rstd + c)
 
+    @staticmethod
+    def empty(
+        rows: int, hidden: int, rank: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Activations:
+        """Memory for R rows."""
+        wide, narrow = (rows, hidden), (rows, rank)
+        shapes = (wide, narrow, narrow, wide, (rows,), (rows,), wide)
+        return Activations(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes))
+
 
 class RowGroups(NamedTuple):
     """Rows grouped by Distiller slot: group g is rows ``order[offsets[g]:offsets[g + 1]]`` in slot ``slots[g]``.

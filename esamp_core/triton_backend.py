@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
 
-from esamp_core.config import FilterOrder
+from esamp_core.config import DistillerConfig, FilterOrder
 from esamp_core.errors import ArgumentError
 from esamp_core.kernels import explore as ops
 from esamp_core.kernels.warm_up import warm_up
 from esamp_core.structures import Candidates, Draw, Head, Reweighted, RowParams
-from esamp_core.triton_distiller import distiller_forward, distiller_step_
+from esamp_core.triton_distiller import distiller_forward, distiller_scratch, distiller_step_
 
 __all__ = [
     "distiller_forward",
+    "distiller_scratch",
     "distiller_step_",
     "draw",
     "explore",
@@ -26,6 +28,7 @@ __all__ = [
     "score_candidates",
     "select_candidates",
     "warm_up",
+    "warm_up_head",
 ]
 
 
@@ -165,4 +168,24 @@ def explore(
             min(max_candidates, logits.shape[1]),
             filter_order == "vllm",
         )
+    )
+
+
+def warm_up_head(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None:
+    """Run every kernel once as an Explorer with this head and config would."""
+    warm_up(
+        head.vocab_size,
+        head.hidden_size,
+        max_candidates,
+        device=head.weight.device,
+        dtype=dtype,
+        weight=head.weight.detach(),
+        bias=_detached(head.bias),
+        scale=float(head.scale),
+        softcap=head.softcap,
+        center=_detached(head.center),
+        clip=head.clip,
+        rank=config.rank,
+        distiller_dtype=config.weight_dtype,
+        momentum=config.momentum > 0,
     )

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from esamp_core.config import DistillerConfig
 from esamp_core.errors import ArgumentError
-from esamp_core.kernels.distiller_forward import distiller_forward_triton
-from esamp_core.kernels.distiller_step import distiller_step_triton
-from esamp_core.kernels.tuning import Config, config_for, generation_of
+from esamp_core.kernels.distiller import forward_op, scratch_size, step_op
 from esamp_core.reference_distiller import learning_rates
-from esamp_core.structures import Activations, DistillerState, DistillerWeights, RowGroups
+from esamp_core.structures import Activations, DistillerState, DistillerWeights, Head, RowGroups
 
 
 def _check_weights(name: str, weights: DistillerWeights, matrices: tuple[torch.dtype, ...]) -> None:
@@ -27,11 +25,6 @@ def _check_weights(name: str, weights: DistillerWeights, matrices: tuple[torch.d
         raise ArgumentError(f"{name}.up, gate and down must have one dtype, got {got}")
 
 
-def _config(weights: DistillerWeights) -> Config:
-    up = weights.up
-    return config_for(generation_of(up.device), 0, up.shape[1], 0, up.element_size())
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """Rows may have any distance, but the kernels want a row's numbers side by side."""
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
@@ -41,12 +34,33 @@ def _groups(groups: RowGroups) -> tuple[Tensor, Tensor, Tensor]:
     return groups.order.contiguous(), groups.slots.contiguous(), groups.offsets.contiguous()
 
 
-def distiller_forward(shallow: Tensor, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> Activations:
+def distiller_scratch(weights: DistillerWeights, rows: int) -> Tensor:
+    return torch.empty(scratch_size(rows, weights.up), dtype=torch.float32, device=weights.up.device)
+
+
+def _scratch(given: Tensor | None, weights: DistillerWeights, rows: int) -> Tensor:
+    if given is None:
+        return distiller_scratch(weights, rows)
+    if given.numel() < (size := scratch_size(rows, weights.up)):
+        raise ArgumentError(f"scratch must be distiller_scratch(weights, {rows}), {size} numbers, got {given.numel()}")
+    return given
+
+
+def distiller_forward(
+    shallow: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    out: Activations | None = None,
+    scratch: Tensor | None = None,
+) -> Activations:
     _check_weights("weights", weights, (torch.float32, torch.bfloat16))
-    saved = distiller_forward_triton(
-        _rows(shallow.detach()), *_groups(groups), weights=weights, scale=scale, config=_config(weights)
-    )
-    return Activations(*saved)
+    rows, hidden = shallow.shape
+    saved = Activations.empty(rows, hidden, weights.up.shape[2], shallow.device) if out is None else out
+    scratch = _scratch(scratch, weights, rows)
+    forward_op(_rows(shallow.detach()), *_groups(groups), list(weights), scale, list(saved), scratch)
+    return saved
 
 
 def distiller_step_(
@@ -57,29 +71,31 @@ def distiller_step_(
     scale: Tensor,
     config: DistillerConfig,
     *,
+    head: Head | None = None,
     active: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None:
     if config.lr == 0:
         return
     _check_weights("state.weights", state.weights, (torch.float32, torch.bfloat16))
     if state.momentum is not None:
         _check_weights("state.momentum", state.momentum, (torch.float32,))
-    rates = [float(rate) for rate in learning_rates(config, target.shape[1])]
-    distiller_step_triton(
-        state.weights,
-        state.momentum,
+    rows, hidden = activations.x.shape
+    step_op(
+        list(state.weights),
+        list(state.momentum or ()),
         state.seed,
-        state.updates,
-        state.loss,
-        state.first_loss,
-        state.nonfinite,
-        Activations(*(field.contiguous() for field in activations)),
-        _rows(target.detach()),
+        [state.updates, state.loss, state.first_loss, state.nonfinite],
+        [field.contiguous() for field in activations],
+        target.detach() if head is None else head.weight.detach(),
+        None if head is None else target.long().contiguous(),
+        None if head is None or head.center is None else head.center.detach().contiguous(),
+        1.0 if head is None else float(head.scale),
         *_groups(groups),
-        scale=scale,
-        active=None if active is None else active.contiguous(),
-        rates=tuple(rates),
-        momentum=config.momentum,
-        clip=config.clip,
-        config=_config(state.weights),
+        scale,
+        None if active is None else active.contiguous(),
+        [float(rate) for rate in learning_rates(config, hidden)],
+        config.momentum,
+        config.clip,
+        _scratch(scratch, state.weights, rows),
     )

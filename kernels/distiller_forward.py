@@ -11,11 +11,14 @@ A group is rows order[offsets[g]:offsets[g + 1]] in slot slots[g], -1 if it is u
 no slot: `reduce` writes zeros for them.  Tiles and the order of every sum depend on H, r and the weights' dtype only.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esamp_core.kernels.scratch import Shape, cut
 from esamp_core.kernels.tuning import Config, power_of_2
 
 ROWS = 16  # rows of one tl.dot, whatever the group's size: the instruction it becomes decides the rounding
@@ -91,7 +94,7 @@ def _project_kernel(
         at += TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])  # it follows R
 def _reduce_kernel(
     part_up_ptr, part_gate_ptr, part_square_ptr, bias_ptr, order_ptr, slots_ptr, offsets_ptr, num_groups,
     x_ptr, up_ptr, gate_ptr, y_ptr, mean_ptr, rstd_ptr, pred_ptr, rms_ptr,
@@ -167,7 +170,7 @@ def _expand_kernel(
         at += TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def _norm_kernel(
     y_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, order_ptr, slots_ptr, offsets_ptr, num_groups,
     mean_ptr, rstd_ptr, pred_ptr,
@@ -221,37 +224,42 @@ def tiles(hidden: int, rank: int, config: Config) -> dict[str, int]:
     }
 
 
+def forward_scratch(rows: int, hidden: int, rank: int, config: Config) -> tuple[Shape, ...]:
+    """Partial sums of up, gate and |shallow|^2; rms."""
+    splits = tiles(hidden, rank, config)["splits"]
+    return (rows, splits, rank), (rows, splits, rank), (rows, splits), (rows,)
+
+
 def distiller_forward_triton(
     shallow: Tensor,
     order: Tensor,
     slots: Tensor,
     offsets: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
     scale: Tensor,
+    out: Sequence[Tensor],
+    scratch: Tensor,
     config: Config,
-) -> tuple[Tensor, ...]:
-    """float32 x [R, H], up [R, r], gate [R, r], y [R, H], mean [R], rstd [R], pred [R, H].
+) -> None:
+    """Write float32 x [R, H], up [R, r], gate [R, r], y [R, H], mean [R], rstd [R], pred [R, H] into out.
 
     shallow [R, H] with unit column stride; order [R], slots [G], offsets [G + 1] int32; weights A, G [S, H, r],
-    B [S, r, H] of one dtype, b [S, r], w, c [S, H] float32, all contiguous; scale 0-d.
+    B [S, r, H] of one dtype, b [S, r], w, c [S, H] float32, all contiguous, out too; scale 0-d; scratch: float32 [N],
+    room for forward_scratch.
     """
     rows, hidden = shallow.shape
     up, gate, down, bias, norm_weight, norm_bias = weights
     rank, num_groups = up.shape[2], slots.shape[0]
     assert all(t.is_contiguous() for t in (*weights, order, slots, offsets)) and up.dtype == gate.dtype == down.dtype
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in out)
     assert shallow.stride(1) == 1 or hidden == 1
-
-    def new(*shape: int) -> Tensor:
-        return up.new_empty(shape, dtype=torch.float32)
-
-    x, y, pred = (new(rows, hidden) for _ in range(3))
-    row_up, row_gate, mean, rstd, rms = new(rows, rank), new(rows, rank), new(rows), new(rows), new(rows)
-    saved = (x, row_up, row_gate, y, mean, rstd, pred)
+    x, row_up, row_gate, y, mean, rstd, pred = out
+    assert x.shape == y.shape == pred.shape == (rows, hidden) and row_up.shape == row_gate.shape == (rows, rank)
     if rows == 0:
-        return saved
+        return
     size = tiles(hidden, rank, config)
     splits = size["splits"]
-    part_up, part_gate, part_square = new(rows, splits, rank), new(rows, splits, rank), new(rows, splits)
+    part_up, part_gate, part_square, rms = cut(scratch, forward_scratch(rows, hidden, rank, config))
     groups = (order, slots, offsets)
     shape = {"H": hidden, "RANK": rank, "RANKS": size["ranks"]}
     matrix = {"HIDDEN": size["hidden"], "TILE": ROWS, "PRECISION": precision_of(up)}
@@ -263,7 +271,7 @@ def distiller_forward_triton(
         SPLIT=size["split"], SPLITS=splits, **shape, **matrix, **launch,
     )  # fmt: skip
     _reduce_kernel[(rows,)](
-        part_up, part_gate, part_square, bias, *groups, num_groups, *saved, rms,
+        part_up, part_gate, part_square, bias, *groups, num_groups, *out, rms,
         SPLITS=splits, SPLITS_TILE=power_of_2(splits), WIDE=size["wide"], **shape, **row_launch,
     )  # fmt: skip
     _expand_kernel[(num_groups, -(-hidden // size["hidden"]))](
@@ -273,4 +281,3 @@ def distiller_forward_triton(
         y, norm_weight, norm_bias, scale, *groups, num_groups, mean, rstd, pred,
         H=hidden, WIDE=size["wide"], **row_launch,
     )  # fmt: skip
-    return saved

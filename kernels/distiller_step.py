@@ -1,6 +1,6 @@
 """distiller_step: one SGD step per slot, from the activations that the forward kept; gradients never reach memory.
 
-    error   grid (rows)                              loss, g = dL/dpred and dy = dL/dy, clipped by one factor per row
+    error   grid (rows)                              loss, g = dL/dpred and dy = dL/dy, clipped; whether the row teaches
     back    grid (groups, splits of H, tiles of r)   partial dh = dy B' of each split
     gates   grid (rows)                              sum over the splits; h, d_up, d_gate of the row, or its loss is NaN
     settle  grid (groups)                            the verdict: loss, counters, db and b -= rate db, or nothing at all
@@ -11,12 +11,16 @@ It takes row sums: products of finite numbers below LARGEST add up to finite gra
 float32's largest are refused as well.)  A gradient is a sum over rows in their group's order; there are no atomics.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from esamp_core.kernels.distiller_forward import ROWS, dot, group_of, precision_of, tiles
+from esamp_core.kernels.distiller_error import error_triton
+from esamp_core.kernels.distiller_forward import ROWS, dot, precision_of, tiles
 from esamp_core.kernels.rounding import FLOAT_MAX, stochastic_round
+from esamp_core.kernels.scratch import Shape, cut
 from esamp_core.kernels.tuning import Config, power_of_2
 
 LARGEST = tl.constexpr(1e30)
@@ -24,14 +28,12 @@ UP, GATE, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # places in 
 
 
 @triton.jit
-def taught_rows(order_ptr, active_ptr, at, end, TILE: tl.constexpr, HAS_ACTIVE: tl.constexpr):
+def taught_rows(order_ptr, teach_ptr, at, end, TILE: tl.constexpr):
     """The rows of order[at : at + TILE] and which of them are in the group and teach."""
     lane = at + tl.arange(0, TILE)
     teach = lane < end
     row = tl.load(order_ptr + lane, mask=teach, other=0).to(tl.int64)
-    if HAS_ACTIVE:
-        teach = teach & (tl.load(active_ptr + row, mask=teach, other=0) != 0)
-    return row, teach
+    return row, teach & (tl.load(teach_ptr + row, mask=teach, other=0.0) != 0.0)
 
 
 @triton.jit
@@ -58,89 +60,10 @@ def step_matrix(
 
 
 @triton.jit
-def row_error(y_ptr, target_ptr, w_ptr, c_ptr, h, inside, mean, rstd, scale):
-    """normed, w, target / s, and the error in units of s, of some hidden units of one row; zeros outside."""
-    normed = tl.where(inside, (tl.load(y_ptr + h, mask=inside, other=0.0) - mean) * rstd, 0.0)
-    w = tl.load(w_ptr + h, mask=inside, other=0.0)
-    deep = tl.load(target_ptr + h, mask=inside, other=0.0).to(tl.float32) / scale
-    return normed, w, deep, w * normed + tl.load(c_ptr + h, mask=inside, other=0.0) - deep
-
-
-@triton.jit
-def _error_kernel(
-    y_ptr, mean_ptr, rstd_ptr, target_ptr, stride_tr, scale_ptr, w_ptr, c_ptr, active_ptr,
-    order_ptr, slots_ptr, offsets_ptr, num_groups, g_ptr, dy_ptr, peak_ptr, loss_ptr, clip,
-    H: tl.constexpr, WIDE: tl.constexpr, HAS_ACTIVE: tl.constexpr,
-):  # fmt: skip
-    position = tl.program_id(0)
-    if position >= tl.load(offsets_ptr + num_groups):
-        return
-    row = tl.load(order_ptr + position).to(tl.int64)
-    if HAS_ACTIVE:
-        if tl.load(active_ptr + row) == 0:
-            return
-    slot = tl.load(slots_ptr + group_of(position, offsets_ptr, num_groups)).to(tl.int64)
-    w_ptr += slot * H
-    c_ptr += slot * H
-    y_ptr += row * H
-    target_ptr += row * stride_tr
-    mean = tl.load(mean_ptr + row)
-    rstd = tl.load(rstd_ptr + row)
-    scale = tl.load(scale_ptr).to(tl.float32)
-
-    energies = tl.zeros((WIDE,), tl.float32)
-    squares = tl.zeros((WIDE,), tl.float32)
-    for start in range(0, H, WIDE):
-        h = start + tl.arange(0, WIDE)
-        normed, w, deep, error = row_error(y_ptr, target_ptr, w_ptr, c_ptr, h, h < H, mean, rstd, scale)
-        energies += deep * deep
-        squares += error * error
-    energy = tl.sum(energies, 0)
-    tl.store(loss_ptr + row, tl.div_rn(tl.sum(squares, 0), energy))
-    per_error = tl.div_rn(energy * 0.0 + H, energy)
-
-    sums = tl.zeros((WIDE,), tl.float32)
-    products = tl.zeros((WIDE,), tl.float32)
-    squares = tl.zeros((WIDE,), tl.float32)
-    for start in range(0, H, WIDE):
-        h = start + tl.arange(0, WIDE)
-        normed, w, deep, error = row_error(y_ptr, target_ptr, w_ptr, c_ptr, h, h < H, mean, rstd, scale)
-        g = error * per_error
-        sums += g * w
-        products += g * w * normed
-        squares += g * g
-    mean_d = tl.sum(sums, 0) / H
-    mean_product = tl.sum(products, 0) / H
-    g_size = tl.sum(squares, 0) / H
-
-    squares = tl.zeros((WIDE,), tl.float32)
-    for start in range(0, H, WIDE):
-        h = start + tl.arange(0, WIDE)
-        normed, w, deep, error = row_error(y_ptr, target_ptr, w_ptr, c_ptr, h, h < H, mean, rstd, scale)
-        dy = (error * per_error * w - mean_d - normed * mean_product) * rstd
-        squares += tl.where(h < H, dy * dy, 0.0)
-    dy_size = tl.sum(squares, 0) / H
-    # One factor for the whole row, so that no single row can throw the weights away.  NaN must stay NaN.
-    factor = tl.div_rn(clip, tl.sqrt(tl.where(g_size > dy_size, g_size, dy_size)))
-    factor = tl.where(factor >= 1.0, 1.0, factor)
-
-    peaks = tl.zeros((WIDE,), tl.float32)
-    for start in range(0, H, WIDE):
-        h = start + tl.arange(0, WIDE)
-        normed, w, deep, error = row_error(y_ptr, target_ptr, w_ptr, c_ptr, h, h < H, mean, rstd, scale)
-        g = error * per_error
-        dy = (g * w - mean_d - normed * mean_product) * rstd * factor
-        peaks = tl.where((tl.abs(dy) > peaks) & (h < H), tl.abs(dy), peaks)
-        tl.store(g_ptr + row * H + h, g * factor, mask=h < H)
-        tl.store(dy_ptr + row * H + h, dy, mask=h < H)
-    tl.store(peak_ptr + row, tl.max(peaks, 0))
-
-
-@triton.jit
 def _back_kernel(
-    dy_ptr, down_ptr, active_ptr, order_ptr, slots_ptr, offsets_ptr, part_dh_ptr,
+    dy_ptr, down_ptr, teach_ptr, order_ptr, slots_ptr, offsets_ptr, part_dh_ptr,
     H: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, HIDDEN: tl.constexpr,
-    RANKS: tl.constexpr, TILE: tl.constexpr, HAS_ACTIVE: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -151,7 +74,7 @@ def _back_kernel(
     at = tl.load(offsets_ptr + group)
     end = tl.load(offsets_ptr + group + 1)
     while at < end:
-        row, teach = taught_rows(order_ptr, active_ptr, at, end, TILE, HAS_ACTIVE)
+        row, teach = taught_rows(order_ptr, teach_ptr, at, end, TILE)
         dh = tl.zeros((TILE, RANKS), tl.float32)
         for start in range(0, SPLIT, HIDDEN):
             h = split * SPLIT + start + tl.arange(0, HIDDEN)
@@ -164,20 +87,18 @@ def _back_kernel(
         at += TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])  # it follows R
 def _gates_kernel(
-    part_dh_ptr, up_ptr, gate_ptr, active_ptr, order_ptr, offsets_ptr, num_groups, peak_ptr,
+    part_dh_ptr, up_ptr, gate_ptr, teach_ptr, order_ptr, offsets_ptr, num_groups, peak_ptr,
     feature_ptr, d_up_ptr, d_gate_ptr, loss_ptr,
     RANK: tl.constexpr, SPLITS: tl.constexpr, SPLITS_TILE: tl.constexpr, RANKS: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0)
     if position >= tl.load(offsets_ptr + num_groups):
         return
     row = tl.load(order_ptr + position).to(tl.int64)
-    if HAS_ACTIVE:
-        if tl.load(active_ptr + row) == 0:
-            return
+    if tl.load(teach_ptr + row) == 0.0:
+        return
     split = tl.arange(0, SPLITS_TILE)
     peak = tl.load(peak_ptr + row)
     bad = tl.zeros((RANKS,), tl.int32)
@@ -204,9 +125,9 @@ def _gates_kernel(
 
 @triton.jit
 def _settle_kernel(
-    row_loss_ptr, d_gate_ptr, active_ptr, order_ptr, slots_ptr, offsets_ptr, share_ptr,
+    row_loss_ptr, d_gate_ptr, teach_ptr, order_ptr, slots_ptr, offsets_ptr, share_ptr,
     bias_ptr, velocity_ptr, updates_ptr, loss_ptr, first_loss_ptr, nonfinite_ptr, rate, momentum,
-    RANK: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     slot = tl.load(slots_ptr + group).to(tl.int64)
@@ -219,7 +140,7 @@ def _settle_kernel(
     losses = tl.zeros((TILE,), tl.float32)
     at = first
     while at < end:
-        row, teach = taught_rows(order_ptr, active_ptr, at, end, TILE, HAS_ACTIVE)
+        row, teach = taught_rows(order_ptr, teach_ptr, at, end, TILE)
         counts += teach.to(tl.int32)
         losses += tl.load(row_loss_ptr + row, mask=teach, other=0.0)
         at += TILE
@@ -240,7 +161,7 @@ def _settle_kernel(
             sums = tl.zeros((RANKS,), tl.float32)
             at = first
             while at < end:
-                row, teach = taught_rows(order_ptr, active_ptr, at, end, TILE, HAS_ACTIVE)
+                row, teach = taught_rows(order_ptr, teach_ptr, at, end, TILE)
                 known = teach[:, None] & (j < RANK)[None, :]
                 sums += tl.sum(tl.load(d_gate_ptr + row[:, None] * RANK + j[None, :], mask=known, other=0.0), 0)
                 at += TILE
@@ -254,11 +175,11 @@ def _settle_kernel(
 @triton.jit
 def _update_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, g_ptr, dy_ptr, feature_ptr, d_up_ptr, d_gate_ptr,
-    active_ptr, order_ptr, slots_ptr, offsets_ptr, share_ptr, seed_ptr, updates_ptr,
+    teach_ptr, order_ptr, slots_ptr, offsets_ptr, share_ptr, seed_ptr, updates_ptr,
     up_ptr, gate_ptr, down_ptr, w_ptr, c_ptr, v_up_ptr, v_gate_ptr, v_down_ptr, v_w_ptr, v_c_ptr,
     rate_up, rate_gate, rate_down, rate_w, rate_c, momentum,
     H: tl.constexpr, RANK: tl.constexpr, HIDDEN: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     share = tl.load(share_ptr + group)
@@ -277,7 +198,7 @@ def _update_kernel(
         d_c = tl.zeros((HIDDEN,), tl.float32)
         at = first
         while at < end:
-            row, teach = taught_rows(order_ptr, active_ptr, at, end, TILE, HAS_ACTIVE)
+            row, teach = taught_rows(order_ptr, teach_ptr, at, end, TILE)
             inside = teach[:, None] & (h < H)[None, :]
             mean = tl.load(mean_ptr + row, mask=teach, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=teach, other=0.0)
@@ -300,7 +221,7 @@ def _update_kernel(
     d_down = tl.zeros((RANKS, HIDDEN), tl.float32)
     at = first
     while at < end:
-        row, teach = taught_rows(order_ptr, active_ptr, at, end, TILE, HAS_ACTIVE)
+        row, teach = taught_rows(order_ptr, teach_ptr, at, end, TILE)
         place = row[:, None] * H + h[None, :]
         inside = teach[:, None] & (h < H)[None, :]
         x = tl.trans(tl.load(x_ptr + place, mask=inside, other=0.0))
@@ -328,73 +249,76 @@ def _update_kernel(
     )  # fmt: skip
 
 
+def step_scratch(rows: int, groups: int, hidden: int, rank: int, config: Config) -> tuple[Shape, ...]:
+    """g, dy; peak, loss and whether it teaches, of each row; feature, d_up, d_gate; partial dh; share of each group."""
+    wide, narrow, column = (rows, hidden), (rows, rank), (rows,)
+    part = (rows, tiles(hidden, rank, config)["splits"], rank)
+    return wide, wide, column, column, column, narrow, narrow, narrow, part, (groups,)
+
+
 def distiller_step_triton(
-    weights: tuple[Tensor, ...],
-    velocities: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    velocities: Sequence[Tensor],
     seed: Tensor,
-    updates: Tensor,
-    loss: Tensor,
-    first_loss: Tensor,
-    nonfinite: Tensor,
-    saved: tuple[Tensor, ...],
+    columns: Sequence[Tensor],
+    saved: Sequence[Tensor],
     target: Tensor,
+    token_ids: Tensor | None,
+    center: Tensor | None,
+    head_scale: float,
     order: Tensor,
     slots: Tensor,
     offsets: Tensor,
     scale: Tensor,
     active: Tensor | None,
-    rates: tuple[float, ...],
+    rates: Sequence[float],
     momentum: float,
     clip: float,
+    scratch: Tensor,
     config: Config,
 ) -> None:
-    """Update weights (as for distiller_forward_triton), velocities (float32, the same shapes) and the [S] columns.
+    """Update weights (as for distiller_forward_triton), velocities (float32, the same shapes; or none) and columns:
+    updates int64 [S], loss, first_loss float32 [S], nonfinite int64 [S].  seed: int64 [S], keys the rounding.
 
-    saved: what distiller_forward_triton returned.  target [R, H] with unit column stride.  active: bool [R] or None.
-    rates: six numbers, one per tensor of weights.
+    saved: what distiller_forward_triton wrote.  target, token_ids, center, head_scale, active: as for error_triton.
+    rates: six numbers, one per tensor of weights.  scratch: float32 [N], room for step_scratch.
     """
     x, row_up, row_gate, y, mean, rstd, _ = saved
     (rows, hidden), rank, num_groups = x.shape, row_up.shape[1], slots.shape[0]
     up, gate, down, bias, norm_weight, norm_bias = weights
     v_up, v_gate, v_down, v_bias, v_weight, v_norm_bias = velocities or (None,) * 6
-    columns = (seed, updates, loss, first_loss, nonfinite, order, slots, offsets)
-    assert all(t.is_contiguous() for t in (*weights, *(velocities or ()), *columns, *saved))
-    assert target.shape == x.shape and (target.stride(1) == 1 or hidden == 1)
-    assert active is None or active.is_contiguous()
+    updates, loss, first_loss, nonfinite = columns
+    assert all(t.is_contiguous() for t in (*weights, *velocities, seed, *columns, *saved, order, slots, offsets))
     if rows == 0:
         return
 
-    def new(*shape: int) -> Tensor:
-        return x.new_empty(shape)
-
     size = tiles(hidden, rank, config)
     splits, ranks = size["splits"], size["ranks"]
-    g, dy, peak, row_loss = new(rows, hidden), new(rows, hidden), new(rows), new(rows)
-    feature, d_up, d_gate, part_dh = new(rows, rank), new(rows, rank), new(rows, rank), new(rows, splits, rank)
-    share = new(num_groups)
+    pieces = cut(scratch, step_scratch(rows, num_groups, hidden, rank, config))
+    g, dy, peak, row_loss, teach, feature, d_up, d_gate, part_dh, share = pieces
     groups = (order, slots, offsets)
-    has, has_momentum = {"HAS_ACTIVE": active is not None}, {"HAS_MOMENTUM": velocities is not None}
+    has_momentum = {"HAS_MOMENTUM": len(velocities) > 0}
     matrix: dict[str, object] = {"H": hidden, "RANK": rank, "RANKS": ranks, "TILE": ROWS, "HIDDEN": size["hidden"]}
     matrix["PRECISION"] = precision_of(up)
     launch = {"num_warps": config.distiller_warps, "num_stages": config.distiller_stages, "enable_fp_fusion": True}
     row_launch = {"num_warps": config.distiller_row_warps, "enable_fp_fusion": True}
-    _error_kernel[(rows,)](
-        y, mean, rstd, target, target.stride(0), scale, norm_weight, norm_bias, active, *groups, num_groups,
-        g, dy, peak, row_loss, float(min(clip, 1e38)), H=hidden, WIDE=size["wide"], **has, **row_launch,
+    error_triton(
+        y, mean, rstd, target, token_ids, center, head_scale, scale, norm_weight, norm_bias, active, *groups,
+        (g, dy, peak, row_loss, teach), clip, config,
     )  # fmt: skip
     _back_kernel[(num_groups, splits, -(-rank // ranks))](
-        dy, down, active, *groups, part_dh, SPLIT=size["split"], SPLITS=splits, **matrix, **has, **launch
+        dy, down, teach, *groups, part_dh, SPLIT=size["split"], SPLITS=splits, **matrix, **launch
     )
     _gates_kernel[(rows,)](
-        part_dh, row_up, row_gate, active, order, offsets, num_groups, peak, feature, d_up, d_gate, row_loss,
-        RANK=rank, SPLITS=splits, SPLITS_TILE=power_of_2(splits), RANKS=ranks, **has, **row_launch,
+        part_dh, row_up, row_gate, teach, order, offsets, num_groups, peak, feature, d_up, d_gate, row_loss,
+        RANK=rank, SPLITS=splits, SPLITS_TILE=power_of_2(splits), RANKS=ranks, **row_launch,
     )  # fmt: skip
     _settle_kernel[(num_groups,)](
-        row_loss, d_gate, active, *groups, share, bias, v_bias, updates, loss, first_loss, nonfinite,
-        float(rates[3]), float(momentum), RANK=rank, RANKS=ranks, TILE=ROWS, **has, **has_momentum, **launch,
+        row_loss, d_gate, teach, *groups, share, bias, v_bias, updates, loss, first_loss, nonfinite,
+        float(rates[3]), float(momentum), RANK=rank, RANKS=ranks, TILE=ROWS, **has_momentum, **launch,
     )  # fmt: skip
     _update_kernel[(num_groups, -(-hidden // size["hidden"]), -(-rank // ranks))](
-        x, y, mean, rstd, g, dy, feature, d_up, d_gate, active, *groups, share, seed, updates,
+        x, y, mean, rstd, g, dy, feature, d_up, d_gate, teach, *groups, share, seed, updates,
         up, gate, down, norm_weight, norm_bias, v_up, v_gate, v_down, v_weight, v_norm_bias,
-        *(float(rates[i]) for i in (0, 1, 2, 4, 5)), float(momentum), **matrix, **has, **has_momentum, **launch,
+        *(float(rates[i]) for i in (0, 1, 2, 4, 5)), float(momentum), **matrix, **has_momentum, **launch,
     )  # fmt: skip

@@ -3,6 +3,9 @@
 import torch
 
 from esamp_core.kernels import explore
+from esamp_core.kernels.distiller import config_of, scratch_size
+from esamp_core.kernels.distiller_forward import distiller_forward_triton
+from esamp_core.kernels.distiller_step import distiller_step_triton
 
 
 def warm_up(
@@ -19,10 +22,16 @@ def warm_up(
     center: torch.Tensor | None = None,
     clip: float | None = None,
     direction_dtype: torch.dtype = torch.float32,
+    rank: int | None = None,
+    distiller_dtype: torch.dtype = torch.float32,
+    momentum: bool = False,
 ) -> None:
     """Compile the kernels for logits [*, vocab_size] of `dtype` and this head, both filter orders, with and without
     model logits and active mask.  weight: lm_head [V, H]; without one only the ops that need no head are compiled.
+    rank, distiller_dtype, momentum: of the Distiller and its weights; without a rank its kernels are left out.
     """
+    if rank is not None:
+        warm_up_distiller(hidden_size, rank, distiller_dtype, momentum, weight, center, device=device)
     width = min(max_candidates, vocab_size)
     # What is compiled does not depend on values: rows without a token take the shortest way through every kernel.
     logits = torch.full((2, vocab_size), float("-inf"), device=device, dtype=dtype)
@@ -50,3 +59,45 @@ def warm_up(
     if weight is not None:
         for transform in (True, False):
             explore.score_op(direction, weight, ids, bias, center, scale, softcap, clip, 0, transform)
+
+
+def warm_up_distiller(
+    hidden_size: int,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    momentum: bool = False,
+    weight: torch.Tensor | None = None,
+    center: torch.Tensor | None = None,
+    *,
+    device: torch.device | str = "cuda",
+) -> None:
+    """Compile forward and step as the learner launches them: float32 taps, contiguous, with an active mask.
+
+    dtype: of A, G and B.  momentum: whether there is any.  Hidden states teach; with weight [V, H] token ids too.
+    """
+    rows, slots = 2, 2
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    wide, narrow = (rows, hidden_size), (rows, rank)
+    up, gate, down = (slots, hidden_size, rank), (slots, hidden_size, rank), (slots, rank, hidden_size)
+    shapes = (up, gate, down, (slots, rank), (slots, hidden_size), (slots, hidden_size))
+    weights = [zeros(*shape, dtype=dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)]
+    velocities = [zeros(*shape) for shape in shapes] if momentum else []
+    saved = [zeros(*shape) for shape in (wide, narrow, narrow, wide, (rows,), (rows,), wide)]
+    # No row is in a group, and no group in a slot: every program ends at once.
+    order, offsets = zeros(rows, dtype=torch.int32), zeros(slots + 1, dtype=torch.int32)
+    group_slots = torch.full((slots,), -1, device=device, dtype=torch.int32)
+    scale, config = zeros(), config_of(weights[0])
+    scratch = zeros(scratch_size(rows, weights[0]))
+    number, column, active = zeros(slots, dtype=torch.int64), zeros(slots), zeros(rows, dtype=torch.bool)
+    targets: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = [(zeros(*wide), None, None)]
+    if weight is not None:
+        targets.append((weight.detach(), zeros(rows, dtype=torch.int64), center))
+    distiller_forward_triton(zeros(*wide), order, group_slots, offsets, weights, scale, saved, scratch, config)
+    for target, token_ids, middle in targets:
+        distiller_step_triton(
+            weights, velocities, number, [number, column, column, number], saved, target, token_ids, middle, 1.0,
+            order, group_slots, offsets, scale, active, [0.0] * 6, 0.0, 1.0, scratch, config,
+        )  # fmt: skip

@@ -6,12 +6,16 @@ specialises and compiles exactly what it would on that GPU, and nothing is launc
 - any register spill,
 - more shared memory than a program of the target may have,
 - on NVIDIA, a load of logits narrower than 16 bytes per thread (all tiles are read by one line of kernels/row.py),
-- a product of the Distiller's matrices that is not on tensor cores, or not in the precision it asks for.
+- a product of the Distiller's matrices that is not on tensor cores, or not in the precision it asks for,
+- a kernel of the Distiller that a step compiles though warm_up has run.
+
+Arguments: names of targets (sm_90, ...), and "sampling" or "distiller" for these kernels only.  Default all.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -32,9 +36,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from esamp_core.kernels import explore, row
+from esamp_core.kernels.distiller import scratch_size
 from esamp_core.kernels.distiller_forward import distiller_forward_triton
 from esamp_core.kernels.distiller_step import distiller_step_triton
 from esamp_core.kernels.tuning import TABLE, Config, config_for
+from esamp_core.kernels.warm_up import warm_up_distiller
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,7 +50,7 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may use.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-HIDDEN = 3584
+HIDDEN, VOCAB = 3584, 152064
 # The Distiller's kernels that multiply matrices, and what tl.dot must become: by dtype of the weights.
 MULTIPLY = {"project", "expand", "back", "update"}
 PRODUCTS = {
@@ -96,7 +102,9 @@ class DistillerCase:
     hidden: int
     rank: int
     dtype: torch.dtype  # of the weights
-    extras: bool  # momentum and an active mask
+    extras: bool  # momentum, an active mask, and tokens that teach
+    rows: int = 16
+    slots: int = 16
 
     @property
     def config(self) -> Config:
@@ -140,7 +148,7 @@ def cases(target: str) -> Iterator[Case]:
 
 
 def distiller_cases(target: str) -> Iterator[DistillerCase]:
-    """Both dtypes, with and without momentum and mask; the largest, and sizes that nothing divides."""
+    """Both dtypes, with and without extras; the largest, and sizes that nothing divides."""
     for dtype in (torch.float32, torch.bfloat16):
         yield DistillerCase(target, HIDDEN, 64, dtype, extras=False)
         yield DistillerCase(target, HIDDEN, 64, dtype, extras=True)
@@ -150,17 +158,24 @@ def distiller_cases(target: str) -> Iterator[DistillerCase]:
 
 
 def launch_distiller(case: DistillerCase) -> None:
-    rows, slots, hidden, rank, new = 16, 16, case.hidden, case.rank, torch.empty
+    rows, slots, hidden, rank, new = case.rows, case.slots, case.hidden, case.rank, torch.empty
     matrices = new(slots, hidden, rank), new(slots, hidden, rank), new(slots, rank, hidden)
     weights = (*(m.to(case.dtype) for m in matrices), new(slots, rank), new(slots, hidden), new(slots, hidden))
-    velocities = tuple(w.float() for w in weights) if case.extras else None
-    groups = tuple(new(n, dtype=torch.int32) for n in (rows, slots, slots + 1))
+    velocities = tuple(w.float() for w in weights) if case.extras else ()
+    num_groups = min(rows, slots)
+    groups = tuple(new(n, dtype=torch.int32) for n in (rows, num_groups, num_groups + 1))
     number, column, scale = new(slots, dtype=torch.int64), new(slots), new(())
-    active = new(rows, dtype=torch.bool) if case.extras else None
-    saved = distiller_forward_triton(new(rows, hidden), *groups, weights, scale, case.config)
+    wide, narrow = (rows, hidden), (rows, rank)
+    saved = [new(shape) for shape in (wide, narrow, narrow, wide, rows, rows, wide)]
+    scratch = new(scratch_size(rows, weights[0]))
+    distiller_forward_triton(new(wide), *groups, weights, scale, saved, scratch, case.config)
+    active, target = None, (new(wide), None, None, 1.0)
+    if case.extras:
+        active = new(rows, dtype=torch.bool)
+        target = (new(VOCAB, hidden, dtype=torch.bfloat16), new(rows, dtype=torch.int64), new(hidden), 0.5)
     distiller_step_triton(
-        weights, velocities, number, number, column, column, number, saved, new(rows, hidden), *groups, scale, active,
-        (0.5,) * 6, 0.5, 1.0, case.config,
+        weights, velocities, number, (number, column, column, number), saved, *target, *groups, scale, active,
+        (0.5,) * 6, 0.5, 1.0, scratch, case.config,
     )  # fmt: skip
 
 
@@ -172,8 +187,9 @@ def products(case: DistillerCase, kernel: Any) -> int:
     return len(wanted) if wanted == found else 0
 
 
-def compiled_by(case: Case | DistillerCase) -> list[tuple[str, Any]]:
-    """What the launchers compile for a case: kernels of `explore`, and of the ops that it is fused from."""
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
+    """Launchers compile for a target and launch nothing; what they compile, by name."""
     found: list[tuple[str, Any]] = []
     real_run = JITFunction.run
 
@@ -182,41 +198,65 @@ def compiled_by(case: Case | DistillerCase) -> list[tuple[str, Any]]:
         found.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel))
         return kernel
 
-    triton.runtime.driver.set_active(NamedTarget(TARGETS[case.target]))
+    triton.runtime.driver.set_active(NamedTarget(TARGETS[target]))
     JITFunction.run = compile_only
     try:
         with torch.device("meta"):
-            if isinstance(case, DistillerCase):
-                launch_distiller(case)
-                return list({kernel.hash: (name, kernel) for name, kernel in found}.values())
-            rows, config = 16, case.config
-            logits = torch.empty(rows, case.vocab, dtype=case.dtype)
-            one = torch.empty(rows)
-            number = torch.empty(rows, dtype=torch.int64)
-            active = torch.empty(rows, dtype=torch.bool)
-            weight = torch.empty(case.vocab, HIDDEN, dtype=torch.bfloat16)
-            bias, center = torch.empty(case.vocab), torch.empty(HIDDEN)
-            direction = torch.empty(rows, HIDDEN)
-            params = (one, number, one, one, one)
-            # The model's own logits everywhere on the second pass, with all that a head can have.
-            for model, extras in ((None, (None, None, 1.0, None, None)), (logits, (bias, center, 0.5, 30.0, 3.0))):
-                explore.explore_triton(
-                    logits, *params, number, number, active, model, direction, weight, *extras, 0, 1.0, case.width,
-                    case.vllm, config,
-                )  # fmt: skip
-            chosen = torch.empty(rows, case.width)
-            ids = torch.empty(rows, case.width, dtype=torch.int64)
-            status = torch.empty(rows, dtype=torch.int32)
-            explore.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, config)
-            scan = explore.block_max_triton(logits, None, None, None, config, log_sum=True)
-            tail = explore.tail_triton(logits, one, number, number, ids, chosen, one, number, status, config)
-            explore.draw_triton(
-                ids, chosen, number, status, logits, scan, tail, one, one, number, number, config,
-                new=chosen, novelty=chosen,
-            )  # fmt: skip
+            yield found
     finally:
         JITFunction.run = real_run
+
+
+def launch_sampling(case: Case) -> None:
+    """The kernels of `explore`, and of the ops that it is fused from."""
+    rows, config = 16, case.config
+    logits = torch.empty(rows, case.vocab, dtype=case.dtype)
+    one = torch.empty(rows)
+    number = torch.empty(rows, dtype=torch.int64)
+    active = torch.empty(rows, dtype=torch.bool)
+    weight = torch.empty(case.vocab, HIDDEN, dtype=torch.bfloat16)
+    bias, center = torch.empty(case.vocab), torch.empty(HIDDEN)
+    direction = torch.empty(rows, HIDDEN)
+    params = (one, number, one, one, one)
+    # The model's own logits everywhere on the second pass, with all that a head can have.
+    for model, extras in ((None, (None, None, 1.0, None, None)), (logits, (bias, center, 0.5, 30.0, 3.0))):
+        explore.explore_triton(
+            logits, *params, number, number, active, model, direction, weight, *extras, 0, 1.0, case.width,
+            case.vllm, config,
+        )  # fmt: skip
+    chosen = torch.empty(rows, case.width)
+    ids = torch.empty(rows, case.width, dtype=torch.int64)
+    status = torch.empty(rows, dtype=torch.int32)
+    explore.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, config)
+    scan = explore.block_max_triton(logits, None, None, None, config, log_sum=True)
+    tail = explore.tail_triton(logits, one, number, number, ids, chosen, one, number, status, config)
+    explore.draw_triton(
+        ids, chosen, number, status, logits, scan, tail, one, one, number, number, config, new=chosen, novelty=chosen
+    )
+
+
+def compiled_by(case: Case | DistillerCase) -> list[tuple[str, Any]]:
+    """What the launchers compile for a case."""
+    with compiling(case.target) as found:
+        if isinstance(case, DistillerCase):
+            launch_distiller(case)
+        else:
+            launch_sampling(case)
     return list({kernel.hash: (name, kernel) for name, kernel in found}.values())
+
+
+def cold(target: str) -> set[str]:
+    """Kernels of the Distiller that steps of some number of rows and slots compile, though warm_up has run."""
+    missing = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        with compiling(target) as warm:
+            weight, center = torch.empty(VOCAB, 256, dtype=torch.bfloat16), torch.empty(256)
+            warm_up_distiller(256, 16, dtype, True, weight, center, device="meta")
+        for rows, slots in ((1, 1), (2, 16), (16, 32), (37, 48), (512, 5)):
+            with compiling(target) as found:
+                launch_distiller(DistillerCase(target, 256, 16, dtype, extras=True, rows=rows, slots=slots))
+            missing |= {name for name, kernel in found if kernel.hash not in {k.hash for _, k in warm}}
+    return missing
 
 
 def resources(target: str, kernel: Any) -> tuple[int, int]:
@@ -269,9 +309,13 @@ def check(case: Case | DistillerCase) -> list[Line]:
 
 def main() -> int:
     assert set(TARGETS) == set(TABLE)
-    wanted = sys.argv[1:] or list(TARGETS)
+    asked = set(sys.argv[1:])
+    kinds = {"sampling": cases, "distiller": distiller_cases}
+    assert asked <= {*TARGETS, *kinds}, f"arguments are {[*TARGETS, *kinds]}, got {sys.argv[1:]}"
+    wanted = [target for target in TARGETS if target in asked or asked.isdisjoint(TARGETS)]
+    kinds = {kind: make for kind, make in kinds.items() if kind in asked or asked.isdisjoint(kinds)}
     start = time.perf_counter()
-    work = [case for target in wanted for case in (*cases(target), *distiller_cases(target))]
+    work = [case for target in wanted for make in kinds.values() for case in make(target)]
     columns = f"{'registers':>10}{'spills':>8}{'shared':>8}{'load bytes':>12}{'products':>10}"
     print(f"{'target':8}{'kernel':12}{'case':36}{columns}")
     faults, read_logits = [], set()
@@ -289,8 +333,12 @@ def main() -> int:
                 faults += line.faults()
                 if line.load_bytes is not None:
                     read_logits.add(line.kernel)
+        if "distiller" in kinds:
+            for target, names in zip(wanted, pool.map(cold, wanted), strict=True):
+                print(f"{target}: {len(names)} kernels compiled after warm_up", *sorted(names))
+                faults += [f"{name} on {target} compiled after warm_up" for name in names]
     missing = {"block_max", "select", "beyond", "tail"} - read_logits
-    if missing and any(target.startswith("sm") for target in wanted):
+    if "sampling" in kinds and missing and any(target.startswith("sm") for target in wanted):
         faults.append(f"no load of logits found in {missing}")
     print(f"{len(faults)} faults, {time.perf_counter() - start:.0f} s", *faults[-1:])
     return 1 if faults else 0

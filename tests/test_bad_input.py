@@ -63,10 +63,15 @@ def good() -> dict[str, dict[str, Any]]:
             filter_order="transformers", max_candidates=C,
         ),
         "group_rows": dict(slots=torch.tensor([0, 1, 0]), num_slots=S, rank=seed),
-        "distiller_forward": dict(shallow=direction, groups=groups, weights=weights, scale=scale),
+        "distiller_scratch": dict(weights=weights, rows=R),
+        "distiller_forward": dict(
+            shallow=direction, groups=groups, weights=weights, scale=scale, scratch=torch.zeros(0),
+            out=Activations.empty(R, H, RANK, logits.device),
+        ),
         "distiller_step_": dict(
             state=state, activations=activations, target=direction, groups=groups, scale=scale,
-            config=DistillerConfig(rank=RANK), active=torch.ones(R, dtype=torch.bool),
+            config=DistillerConfig(rank=RANK), head=None, active=torch.ones(R, dtype=torch.bool),
+            scratch=torch.zeros(0),
         ),
     }  # fmt: skip
 
@@ -135,6 +140,9 @@ CANDIDATES = [
     (OK["reweight"]["candidates"]._replace(status=meta(R, dtype=torch.int32)), "status .*on meta"),
 ]
 WEIGHTS: DistillerWeights = OK["distiller_forward"]["weights"]
+OUT: Activations = OK["distiller_forward"]["out"]
+SCRATCH = [("x", "'x'"), (torch.zeros(4, dtype=torch.float64), "float64"), (torch.zeros(8)[::2], r"\[4\]"),
+           (meta(4), "on meta")]  # fmt: skip
 
 CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
     "select_candidates": {
@@ -194,6 +202,18 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
             (WEIGHTS._replace(norm_bias=meta(S, H)), "norm_bias .*on meta"),
         ],
         "scale": SCALE,
+        "out": [
+            ("x", "str"), (OUT._replace(gate=torch.zeros(R, RANK + 1)), rf"gate .*\[{R}, {RANK + 1}\]"),
+            (OUT._replace(x=torch.zeros(R, H + 1)), rf"x .*\[{R}, {H + 1}\]"),
+            (OUT._replace(y=meta(R, H)), "y .*on meta"),
+            (OUT._replace(rstd=torch.zeros(R, dtype=torch.float64)), "rstd .*float64"),
+            (OUT._replace(pred=torch.zeros(H, R).T), r"pred .*\(1, 3\)"),
+        ],
+        "scratch": SCRATCH,
+    },
+    "distiller_scratch": {
+        "weights": [(None, "NoneType"), (WEIGHTS._replace(up=torch.zeros(H, RANK)), r"up .*\[4, 2\]")],
+        "rows": [(-1, "-1"), (2.0, "2.0"), (None, "None")],
     },
     "distiller_step_": {
         "state": [(None, "NoneType"), (OK["distiller_step_"]["state"]._replace(weights=None), "weights .*NoneType")],
@@ -202,7 +222,11 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
             (OK["distiller_step_"]["activations"]._replace(x=torch.zeros(R, H + 1)), r"x .*\[3, 5\]"),
         ],
         "target": DIRECTION, "groups": GROUPS, "scale": SCALE, "active": ACTIVE,
-        "config": [(None, "NoneType")],
+        "config": [(None, "NoneType")], "scratch": SCRATCH,
+        "head": [
+            (torch.zeros(V, H), "Tensor"), (Head(torch.zeros(V, H + 1)), rf"\[{V}, {H + 1}\]"),
+            (Head(meta(V, H)), "on meta"), (Head(torch.zeros(V, H), vocab_start=2), "2"),
+        ],
     },
 }  # fmt: skip
 

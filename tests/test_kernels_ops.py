@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from tests.kernel_cases import equal_bits, make_head, make_params, make_rows, of
 triton = pytest.importorskip("triton")
 
 from esamp_core import triton_backend  # noqa: E402
+from esamp_core.errors import ArgumentError  # noqa: E402
 from esamp_core.kernels import explore  # noqa: E402
 from esamp_core.kernels.tuning import TABLE, Config, Layout, config_for, sort_width  # noqa: E402
 from esamp_core.kernels.warm_up import warm_up  # noqa: E402
+from esamp_core.sample import DistillerConfig, Explorer, Head  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, WIDTH, HIDDEN, ROWS = 130, 8, 16, 2
@@ -88,6 +91,35 @@ def test_warm_up_runs_every_op(device: str) -> None:
     head, _ = make_head(VOCAB, HIDDEN, 1)
     warm_up(VOCAB, HIDDEN, WIDTH, device=device, dtype=torch.bfloat16, weight=head.weight.to(device), softcap=30.0)
     warm_up(VOCAB, HIDDEN, WIDTH, device=device)
+
+
+@pytest.mark.parametrize("target", ["deep", "choice"])
+def test_an_explorer_warms_up(device: str, target: Literal["deep", "choice"], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the kernels is what the Explorer has; the Distillers are not touched."""
+    monkeypatch.setenv("ESAMP_BACKEND", "triton")
+    head, _ = make_head(VOCAB, HIDDEN, 1)
+    config = DistillerConfig(rank=4, target=target, momentum=0.5, weight_dtype=torch.bfloat16)
+    explorer = Explorer(Head(head.weight.to(device)), HIDDEN, config, max_groups=2, max_rows=4, max_candidates=WIDTH)
+    asked: list[dict[str, Any]] = []
+
+    def spy(vocab: int, hidden: int, width: int, **rest: Any) -> None:
+        asked.append({"vocab": vocab, "hidden": hidden, "width": width, **rest})
+        warm_up(vocab, hidden, width, **rest)
+
+    monkeypatch.setattr(triton_backend, "warm_up", spy)
+    rows = explorer.open(["a", "a"])
+    before = [t.clone() for t in explorer._bank.state.weights]
+    explorer.warm_up(torch.bfloat16)
+    assert equal_bits(before, explorer._bank.state.weights) and len(rows) == 2
+    (call,) = asked
+    assert (call["vocab"], call["hidden"], call["width"], call["rank"]) == (VOCAB, HIDDEN, WIDTH, 4)
+    assert call["dtype"] == call["distiller_dtype"] == torch.bfloat16 and call["momentum"]
+    assert (call["center"] is not None) == (target == "choice")
+    with pytest.raises(ArgumentError, match=r"dtype must be one of .*, got torch.int64"):
+        explorer.warm_up(torch.int64)
+    monkeypatch.setenv("ESAMP_BACKEND", "torch")
+    explorer.warm_up()
+    assert len(asked) == 1  # PyTorch compiles nothing
 
 
 def test_tuning_never_looks_at_rows() -> None:
