@@ -1,4 +1,4 @@
-"""The command line: ``esamp demo``, ``esamp generate``, ``esamp doctor``."""
+"""The command line: ``esamp demo``, ``generate``, ``calibrate``, ``report``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Prompt i uses seed + i; default: fresh seeds.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End a text before this string; may be repeated.")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="Most rows at once; default 128, or n.")] = None,
+    cache: Annotated[str, typer.Option(help="dynamic, or static: waves, and on CUDA one graph per step.")] = "dynamic",
     dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    run_json: Annotated[Path | None, typer.Option(help="Also write a run file for `esamp report`.")] = None,
 ) -> None:
     """Sample every prompt n times and write one JSON object per sample."""
     from esamp_core.generate import run_generate
@@ -86,9 +88,55 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop or [],
         batch_rows=batch_rows,
+        cache=cache,
         dtype=dtype,
         device=device,
+        run_json=run_json,
     )
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="File with one prompt per line; the last ones measure the error.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write; OUT.work holds an interrupted run.")],
+    model: Annotated[str, typer.Option(help="Folder or hub name; 'countdown' is the embedded one.")] = "countdown",
+    rank: Annotated[int, typer.Option(help="Of the Distillers that will start here.")] = 64,
+    samples: Annotated[int, typer.Option(help="Generations per prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per generation.")] = 256,
+    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 1000,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of generations, start and batches.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Fit start weights for a model's Distillers on its own generations; see DistillerConfig(start=...)."""
+    from esamp_core.calibrate import CalibrationConfig, run_calibrate
+
+    config = CalibrationConfig(
+        rank=rank, samples=samples, max_new_tokens=max_new_tokens, steps=steps, rate=rate, seed=seed
+    )
+    run_calibrate(
+        Console(stderr=True),
+        model_name=model,
+        prompts_file=prompts,
+        out=out,
+        dtype=dtype,
+        device=device,
+        config=config,
+    )
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run.json, of `esamp generate --run-json` or `bench.passk table`.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; default: beside run.json.")] = None,
+) -> None:
+    """Turn a run file into one self-contained HTML page."""
+    from esamp_core.report import run_report
+
+    target = out or run.with_suffix(".html")
+    run_report(run, target)
+    print(target)
 
 
 @app.command()

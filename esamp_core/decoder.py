@@ -15,37 +15,34 @@ whose stop string was completed draws one token more, which is thrown away; noth
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams, is_int, require
-from esamp_core.decoder_batch import Batch, Receipt, to_device
-from esamp_core.decoder_cache import RowCache, static_cache
+from esamp_core.decoder_graph import GraphMode, GraphPolicy
 from esamp_core.decoder_output import Output
+from esamp_core.decoder_run import CacheKind, Run
 from esamp_core.decoder_text import (
     Generation,
     Prompt,
     Prompts,
-    Sample,
     Token,
-    pad_token_id_of,
     read_prompts,
     seeded_params,
     stop_token_ids_of,
 )
-from esamp_core.errors import ArgumentError, EsampError, UnsupportedModelError
+from esamp_core.errors import ArgumentError
 from esamp_core.explorer import Explorer
 from esamp_core.taps import ModelParts, Tapped, Taps, check_head, find_parts
 
 __all__ = ["Decoder", "Generation", "Token", "generate"]
 
-CacheKind = Literal["dynamic", "static"]
 DEFAULT_ROWS = 128
 
 
@@ -62,6 +59,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: str | Sequence[str] = (),
     cache: CacheKind = "dynamic",
+    graph: GraphMode = "auto",
     max_batch_rows: int | None = None,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
@@ -94,6 +92,7 @@ def generate(
         stop_token_ids=stop_token_ids,
         stop_strings=stop_strings,
         cache=cache,
+        graph=graph,
         max_batch_rows=max_batch_rows,
         progress=progress,
         on_token=on_token,
@@ -140,6 +139,7 @@ class Decoder:
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
         the prompt's group, ("prompt", prompt_index)."""
         self._head_checked = False
+        self._graphs = GraphPolicy(self.parts.device)
 
     @torch.inference_mode(False)  # a caller's: Distillers are updated in place
     @torch.no_grad()
@@ -154,6 +154,7 @@ class Decoder:
         stop_token_ids: Sequence[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         cache: CacheKind = "dynamic",
+        graph: GraphMode = "auto",
         max_batch_rows: int | None = None,
         progress: bool = False,
         on_token: Callable[[Token], None] | None = None,
@@ -173,6 +174,9 @@ class Decoder:
         stop_strings: a text ends before the first of them.
         cache: "dynamic" (default): prompts wait in a queue and join as rows finish.  "static": constant shapes, prompts
             run in waves, finished rows stay and are masked.
+        graph: with a static cache, capture the decode step as one CUDA graph per wave and replay it.  "auto" (default):
+            on CUDA where that is possible; where it is not, a warning says why, once per Decoder.  True: or raise.
+            False: never.
         max_batch_rows: most rows at once, at least n.  Default 128, or n.
         progress: show a bar.  on_token: called with every :class:`Token`, one step late.  on_result: called with each
             :class:`Generation` as it finishes.
@@ -183,6 +187,9 @@ class Decoder:
         require(is_int(n) and n >= 1, "n", "be an integer >= 1", n)
         require(is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "be >= 1", max_new_tokens)
         require(cache in ("dynamic", "static"), "cache", 'be "dynamic" or "static"', cache)
+        require(graph in (True, False, "auto"), "graph", 'be True, False or "auto"', graph)
+        if graph is True and cache != "static":
+            raise ArgumentError(f'graph=True needs cache="static", got cache={cache!r}')
         limit = DEFAULT_ROWS if self._given is None else min(DEFAULT_ROWS, self._given.max_rows)
         batch_rows = max(limit, n) if max_batch_rows is None else max_batch_rows
         require(is_int(batch_rows) and batch_rows >= n, "max_batch_rows", f"be an integer >= n={n}", batch_rows)
@@ -197,6 +204,7 @@ class Decoder:
             raise ArgumentError(f"tokenizer must be given for stop_strings, got None for {strings!r}")
         stop_ids = stop_token_ids_of(self.parts.model, stop_token_ids)
         parts = self.parts
+        self._graphs.ask(graph)
         read = read_prompts(prompts, self.tokenizer, attention_mask, parts.vocab_size, parts.context)
         per_prompt = seeded_params(params, len(read))
         queue = deque(
@@ -222,175 +230,28 @@ class Decoder:
             filter_order=self.filter_order,
         )
         self.explorer = explorer
-        run = _Run(self, explorer, queue, n, batch_rows, stop_ids, cache)
+        run = Run(
+            parts,
+            explorer,
+            queue,
+            n,
+            batch_rows,
+            stop_ids,
+            self.check_head,
+            self._graphs if cache == "static" else None,
+        )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
-        try:
-            with Taps(self.model, parts) as taps:
-                run.loop(taps, output)
-        finally:
-            run.close()
-            output.close()
+        # Kernels and captures go to the current device.
+        with torch.cuda.device(parts.device) if parts.device.type == "cuda" else nullcontext():
+            try:
+                with Taps(self.model, parts) as taps:
+                    run.loop(taps, output)
+            finally:
+                run.close()
+                output.close()
         return output.results()
 
     def check_head(self, explorer: Explorer, tapped: Tapped) -> None:
         """Once per model: the head that scores candidates must be the model's."""
         if not self._head_checked:
             self._head_checked = check_head(self.parts, explorer.head, tapped)
-
-
-class _Run:
-    """One call of ``Decoder.generate``: the queue of prompts and the running batch."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        explorer: Explorer,
-        queue: deque[Prompt],
-        n: int,
-        batch_rows: int,
-        stop_ids: tuple[int, ...],
-        cache: CacheKind,
-    ) -> None:
-        self._decoder, self._explorer, self._parts = decoder, explorer, decoder.parts
-        self._queue, self._n, self._batch_rows = queue, n, batch_rows
-        self._static = cache == "static"
-        self._stop_ids = to_device(stop_ids, self._parts.device)
-        self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
-        self._explores = any(p.params.beta != 0 for p in queue)  # else predict and learn have nothing to do
-        self._batch: Batch | None = None
-        if self._static and "position_ids" not in self._parts.accepts:
-            raise UnsupportedModelError(
-                f'cache="static" needs a model that takes position_ids, got {type(self._parts.model).__name__}'
-            )
-
-    def loop(self, taps: Taps, output: Output) -> None:
-        """Until every prompt is done: launch a step, handle the one before, let rows leave and prompts join."""
-        waiting: list[Receipt] = []
-        while self._queue or self._batch is not None or waiting:
-            launched = []
-            if self._batch is not None and self._batch.can_draw():
-                launched.append(self._step(taps, self._batch))
-            cut = [sample for receipt in waiting for sample in output.receive(receipt)]
-            self._leave(cut)
-            if prompts := self._next_prompts():
-                launched.append(self._start(taps, prompts))
-            waiting = launched
-
-    def close(self) -> None:
-        """After the last step, or an error in one."""
-        if self._batch is not None:
-            with contextlib.suppress(EsampError):  # would hide the error that led here
-                self._explorer.close(self._batch.rows)
-            self._batch = None
-
-    def _leave(self, cut: list[Sample]) -> None:
-        """Finished rows leave; in a static batch they stay, masked, until all have finished."""
-        batch = self._batch
-        if batch is None:
-            return
-        running = [i for i, sample in enumerate(batch.samples) if sample.finish_reason is None]
-        if not running:
-            self._batch = None
-            self._explorer.close(batch.rows)
-        elif self._static:
-            if cut:
-                batch.switch_off([sample.finish_reason is not None for sample in batch.samples])
-        elif len(running) < len(batch.samples):
-            batch.keep(running)
-
-    @staticmethod
-    def _group(sample: Sample) -> tuple[str, int] | None:
-        """One Distiller per prompt; none where nobody would look at what it learned."""
-        return ("prompt", sample.prompt.index) if sample.prompt.params.beta != 0 else None
-
-    def _next_prompts(self) -> list[Prompt]:
-        """The prompts that can start now, all n samples of each at once."""
-        samples = [] if self._batch is None else self._batch.samples
-        if samples and self._static:
-            return []
-        rows = self._batch_rows - len(samples)
-        groups = self._explorer.max_groups - len({sample.prompt.index for sample in samples})
-        return [self._queue.popleft() for _ in range(min(rows // self._n, groups, len(self._queue)))]
-
-    def _step(self, taps: Taps, batch: Batch) -> Receipt:
-        """One token for every row."""
-        if not self._static:
-            batch.cache.padded = batch.padded
-        rows = batch.rows
-        tapped = taps.forward(
-            on_shallow=(lambda shallow: self._explorer.predict(shallow, rows)) if self._explores else None,
-            **self._inputs(batch.tokens[:, None], batch.attention_mask(), batch.positions[:, None], batch.cache),
-        )
-        batch.length += 1
-        return self._sample(batch, tapped)
-
-    def _sample(self, batch: Batch, tapped: Tapped) -> Receipt:
-        draw = self._explorer.sample(tapped.logits, batch.rows)
-        if self._explores:
-            self._explorer.learn(tapped.deep, batch.rows)
-        return batch.advance(draw, self._stop_ids, self._pad_id)
-
-    def _start(self, taps: Taps, prompts: list[Prompt]) -> Receipt:
-        """Prefill prompts once each, spread them over their samples, draw the first tokens, and join the batch."""
-        device, n = self._parts.device, self._n
-        length = max(len(p.token_ids) for p in prompts)
-        pads = [length - len(p.token_ids) for p in prompts]
-        token_ids = [i for pad, p in zip(pads, prompts, strict=True) for i in (self._pad_id,) * pad + p.token_ids]
-        positions = torch.arange(length, device=device) - to_device(pads, device)[:, None]
-        columns = length + max(p.budget for p in prompts) if self._static else None
-        config = self._parts.model.config
-        cache = RowCache.of(config) if columns is None else static_cache(config, columns)
-        tapped = taps.forward(
-            **self._inputs(
-                to_device(token_ids, device).view(len(prompts), length),
-                (positions >= 0).long() if any(pads) else None,
-                positions.clamp(min=0),
-                cache,
-            )
-        )
-        self._decoder.check_head(self._explorer, tapped)
-        origin = [i for i in range(len(prompts)) for _ in range(n)]
-        spread = to_device(origin, device)
-        if n > 1:
-            cache.reorder_cache(spread)
-            tapped = Tapped(*(t[spread] for t in tapped))
-        samples = [Sample(prompt, i) for prompt in prompts for i in range(n)]
-        rows = self._explorer.open(
-            [self._group(sample) for sample in samples],
-            [sample.prompt.params for sample in samples],
-            sample_index=[sample.index for sample in samples],
-        )
-        try:
-            batch = Batch(
-                samples=samples,
-                rows=rows,
-                cache=cache,
-                length=length,
-                pads=[pads[i] for i in origin],
-                tokens=torch.zeros_like(spread),  # drawn below
-                positions=positions[:, -1][spread],
-                remaining=to_device([sample.prompt.budget for sample in samples], device),
-                columns=columns,
-            )
-            if self._explores:
-                self._explorer.predict(tapped.shallow, rows)
-            receipt = self._sample(batch, tapped)
-        except BaseException:
-            self._explorer.close(rows)
-            raise
-        if self._batch is None:
-            self._batch = batch
-        else:
-            self._batch.join(batch)
-        return receipt
-
-    def _inputs(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        return {name: value for name, value in inputs.items() if name in self._parts.accepts}

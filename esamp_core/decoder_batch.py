@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.decoder_text import Sample
-from esamp_core.explorer import Rows
+from esamp_core.rows import Rows
 from esamp_core.structures import Draw
 
 
@@ -21,7 +21,10 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 class Receipt:
-    """The tokens of one step on their way to the host."""
+    """The tokens of one step on their way to the host.
+
+    Made right after the step, on its stream: a captured step overwrites its results when it is replayed.
+    """
 
     def __init__(self, samples: Sequence[Sample], draw: Draw) -> None:
         self.samples = tuple(samples)
@@ -30,7 +33,7 @@ class Receipt:
         self._arrived: Any = None
         if numbers.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
 
     def read(self) -> tuple[list[int], list[list[float]]]:
         """Token ids [R], and their logprob, base_logprob and novelty [3][R].  Waits until they have arrived."""
@@ -41,14 +44,17 @@ class Receipt:
 
 def _to_host(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
-        return tensor
+        return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
 
 @dataclass
 class Batch:
-    """Rows that run together, R of them.  All of them end at column ``length`` of the cache."""
+    """Rows that run together, R of them.  All of them end at column ``length`` of the cache.
+
+    A step changes the device tensors in place, so that a captured step finds them where they were.
+    """
 
     samples: list[Sample]
     rows: Rows
@@ -65,10 +71,16 @@ class Batch:
 
     def _pad_columns(self) -> None:
         self._pads = to_device(self.pads, self.tokens.device)
+        self._static_mask = self._mask(self.columns) if self.columns is not None and self.padded else None
 
     @property
     def padded(self) -> bool:
         return any(self.pads)
+
+    @property
+    def explores(self) -> bool:
+        """Whether any row does; else predict and learn have nothing to do."""
+        return any(sample.prompt.params.beta != 0 for sample in self.samples)
 
     def can_draw(self) -> bool:
         """Whether any row may still draw, as far as the host knows without looking at tokens."""
@@ -81,25 +93,26 @@ class Batch:
 
     def attention_mask(self) -> Tensor | None:
         """int64 [R, columns] for the next forward: all columns of a static cache, else those filled by then."""
-        if not self.padded:
-            return None
-        columns = torch.arange(self.columns or self.length + 1, device=self.tokens.device)
-        return (columns >= self._pads[:, None]).long()
+        if self.columns is not None:
+            return self._static_mask
+        return self._mask(self.length + 1) if self.padded else None
 
-    def advance(self, draw: Draw, stop_ids: Tensor, pad_id: int) -> Receipt:
+    def _mask(self, columns: int) -> Tensor:
+        return (torch.arange(columns, device=self.tokens.device) >= self._pads[:, None]).long()
+
+    def advance(self, draw: Draw, stop_ids: Tensor, pad_id: int) -> None:
         """Take a step's tokens in: who is finished, what is fed next.  Nothing here waits for the device."""
         stop = (draw.token_ids[:, None] == stop_ids).any(-1) | (draw.token_ids < 0)
-        self.remaining = self.remaining - 1
+        self.remaining.sub_(1)
         self.rows.active.logical_and_(~stop & (self.remaining > 0))
-        self.tokens = torch.where(self.rows.active, draw.token_ids, pad_id)
-        self.positions = self.positions + self.rows.active
-        return Receipt(self.samples, draw)
+        self.tokens.copy_(torch.where(self.rows.active, draw.token_ids, pad_id))
+        self.positions.add_(self.rows.active)
 
     def switch_off(self, finished: Sequence[bool]) -> None:
         """Rows that the host has ended stop drawing and teaching."""
         running = to_device([not f for f in finished], self.tokens.device).bool()
         self.rows.active.logical_and_(running)
-        self.tokens = torch.where(running, self.tokens, 0)
+        self.tokens.mul_(running)
 
     def keep(self, indices: list[int]) -> None:
         """Only these rows; the others are closed.  Columns that are padding in all of them go."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from esamp_core.errors import UnsupportedModelError
 
@@ -80,6 +81,41 @@ def _resized(states: Tensor, columns: int) -> Tensor:
     return F.pad(states, (0, 0, missing, 0)) if missing > 0 else states[..., -missing:, :]
 
 
+class ColumnsLayer(StaticLayer):  # type: ignore[misc]
+    """A sliding window's keys and values, all columns of them: the attention mask alone keeps to the window.
+
+    transformers' own static layer keeps no more columns than the window, but counts on the host how far it has come,
+    which a captured step cannot.
+    """
+
+    is_sliding = True
+
+
 def static_cache(config: Any, length: int) -> StaticCache:
     """A cache of constant shape for ``length`` columns, which the first forward allocates."""
-    return StaticCache(config=config, max_cache_len=length)
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.layers = [
+        ColumnsLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def host_state(cache: Any) -> dict[str, object]:
+    """What the host knows of a static cache: numbers it counts, and where tensors lie.
+
+    A step that changes any of it cannot be captured: a replay would not.
+    """
+    return {
+        f"{type(layer).__name__}.{name} of layer {i}": _plain(value)
+        for i, layer in enumerate(cache.layers)
+        for name, value in vars(layer).items()
+    }
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value if isinstance(value, (bool, int, float, str)) else type(value).__name__

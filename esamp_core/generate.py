@@ -16,6 +16,7 @@ from esamp_core.config import SamplingParams
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.decoder_text import seeded_params
 from esamp_core.errors import ArgumentError
+from esamp_core.report import PromptSamples, RunFile, SampleText, StepSeries
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -118,10 +119,15 @@ def run_generate(
     max_new_tokens: int,
     stop: Sequence[str],
     batch_rows: int | None,
+    cache: str,
     dtype: str,
     device: str,
+    run_json: Path | None = None,
 ) -> None:
-    """The command.  Every finished sample is written and flushed at once.  Raises ArgumentError."""
+    """The command.  Every finished sample is written and flushed at once.  Raises ArgumentError.
+
+    run_json: also write what ``esamp report`` shows, of this call's samples.
+    """
     texts = read_prompts(prompts, prompts_file)
     if resume and out is None:
         raise ArgumentError("--resume needs --out FILE")
@@ -139,7 +145,7 @@ def run_generate(
             file.flush()
 
         per_prompt = seeded_params(params, len(texts))
-        Decoder(model, tokenizer).generate(
+        generations = Decoder(model, tokenizer).generate(
             [texts[i] for i in todo],
             n=n,
             # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -147,6 +153,29 @@ def run_generate(
             max_new_tokens=max_new_tokens,
             stop_strings=tuple(stop),
             max_batch_rows=batch_rows,
+            cache=cache,  # type: ignore[arg-type]  # Decoder.generate says what it may be
             progress=sys.stderr.isatty(),
             on_result=write,
         )
+        if run_json is not None:
+            _run_file(generations, tokenizer, model_name, params).write(run_json)
+
+
+def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str, params: SamplingParams) -> RunFile:
+    """What ``esamp report`` shows of generated samples: texts with their novelty, and the KL of each step."""
+    name = "vanilla" if params.beta == 0 else f"beta {params.beta:g}"
+    prompts: dict[int, PromptSamples] = {}
+    for g in generations:
+        label = g.prompt if g.prompt is not None else f"prompt {g.prompt_index}"
+        tokens = [tokenizer.decode([t]) for t in g.token_ids]
+        sample = SampleText(name, tokens, list(g.novelty))
+        prompts.setdefault(g.prompt_index, PromptSamples(label, [])).samples.append(sample)
+    steps = max((len(g.token_ids) for g in generations), default=0)
+    # log p - log p(model) of what was drawn: its mean over samples estimates the KL.
+    columns = [[g.logprobs[t] - g.base_logprobs[t] for g in generations if len(g.token_ids) > t] for t in range(steps)]
+    return RunFile(
+        title=f"{model_name}: {len(generations)} samples of {len(prompts)} prompts",
+        about={k: str(v) for k, v in asdict(params).items()},
+        prompts=list(prompts.values()),
+        steps=[StepSeries(name, [sum(c) / len(c) for c in columns], [])],
+    )

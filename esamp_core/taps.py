@@ -220,7 +220,10 @@ def check_head(parts: ModelParts, head: Head, tapped: Tapped) -> bool:
 
 
 class Taps:
-    """The two hooks, installed while the context is entered and removed when it is left, whatever happens."""
+    """The two hooks, installed while the context is entered and removed when it is left, whatever happens.
+
+    A compiled model's code is split at on_shallow, which is Python, so fullgraph=True is refused there.
+    """
 
     def __init__(self, model: nn.Module, parts: ModelParts) -> None:
         self._model, self._parts = model, parts
@@ -228,6 +231,12 @@ class Taps:
         self._shallow: list[Tensor] = []
         self._deep: list[Tensor] = []
         self._on_shallow: Callable[[Tensor], None] | None = None
+        self._listener: Callable[[Tensor], None] | None = None
+        self._outside = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
+
+    def _tell(self, shallow: Tensor) -> None:
+        assert self._listener is not None
+        self._listener(shallow)
 
     def __enter__(self) -> Taps:
         self._handles = [
@@ -259,18 +268,26 @@ class Taps:
         on_shallow: called with the shallow state [B, H] as soon as the block has run, beside the rest of the forward.
         inputs: the model's own arguments.  Raises UnsupportedModelError if a tap did not run exactly once.
         """
-        self._shallow, self._deep, self._on_shallow = [], [], on_shallow
+        self._shallow, self._deep, self._listener = [], [], on_shallow
+        self._on_shallow = None if on_shallow is None else self._outside
         try:
             logits = self._model(**inputs).logits[:, -1]
+        except Exception as error:
+            if type(error).__module__ == "torch._dynamo.exc" and "disable" in str(error):
+                raise UnsupportedModelError(
+                    f"{type(self._parts.model).__name__} is compiled with fullgraph=True, but the Distillers are "
+                    "called in the middle of its forward: compile it without, or pass the uncompiled model"
+                ) from error
+            raise
         finally:
-            self._on_shallow = None
+            self._on_shallow = self._listener = None
         for name, tapped in (("block", self._shallow), ("head", self._deep)):
             if len(tapped) != 1:
                 module = self._parts.block if name == "block" else self._parts.head_module
                 raise UnsupportedModelError(
                     f"the tap on {type(self._parts.model).__name__}'s {name} ({type(module).__name__}) ran "
-                    f"{len(tapped)} times in a forward instead of once; a model compiled before the taps are installed "
-                    "ignores them: compile it afterwards, or pass the uncompiled model"
+                    f"{len(tapped)} times in a forward instead of once; code that was compiled or captured before the "
+                    "taps were installed ignores them: call torch._dynamo.reset(), or pass the uncompiled model"
                 )
         # Views into the whole forward's states: not kept longer than the caller needs them.
         return Tapped(self._shallow.pop(), self._deep.pop(), logits)

@@ -99,6 +99,11 @@ def test_generate_writes_one_line_per_sample(tmp_path: Path, esamp: Esamp) -> No
     for e in entries:
         assert e["finish_reason"] in ("stop", "length")
         assert len(e["token_ids"]) == len(e["logprobs"]) == len(e["novelty"]) > 0  # type: ignore[arg-type]
+    static = esamp("generate", "-n", "3", "--seed", "1", "--cache", "static", "3 7 3 5 -> 41 :", "1 2 3 4 -> 24 :")
+    drawn = {
+        (e["prompt_index"], e["sample_index"]): e["token_ids"] for e in map(json.loads, static.stdout.splitlines())
+    }
+    assert drawn == {(e["prompt_index"], e["sample_index"]): e["token_ids"] for e in entries}
     piped = esamp("generate", "-n", "3", "--seed", "1", stdin="3 7 3 5 -> 41 :\n1 2 3 4 -> 24 :\n")
     assert sorted(piped.stdout.splitlines()) == sorted(out.read_text(encoding="utf-8").splitlines())
 
@@ -137,6 +142,7 @@ MISTAKES = [
     (("generate", "x", "--out", "/no/such/folder/out.jsonl"), "--out cannot be written"),
     (("generate", "x", "--resume"), "--resume needs --out"),
     (("generate", "x", "--dtype", "int3"), "--dtype must"),
+    (("generate", "x", "--cache", "elastic"), 'cache must be "dynamic" or "static"'),
     (("generate", "x", "--device", "abacus"), "--device must"),
     (("generate", "1 2 3 4 -> 24 : " + "1 " * 200), "prompt"),
     (("demo", "--beta", "nan"), "beta must"),

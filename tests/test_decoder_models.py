@@ -12,8 +12,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from esamp_core.decoder import Decoder, Generation
-from esamp_core.explorer import Explorer, Rows
+from esamp_core.explorer import Explorer
 from esamp_core.philox import row_seeds
+from esamp_core.rows import Rows
 from esamp_core.sample import DistillerConfig, Draw, SamplingParams
 from esamp_core.taps import find_parts
 
@@ -304,9 +305,9 @@ def test_step_reads_nothing_from_the_device(
 
 @pytest.mark.gpu
 def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from esamp_core import decoder
+    from esamp_core import decoder_run
 
-    original = decoder._Run._step
+    original = decoder_run.Run._step
 
     def step(self: Any, *args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -319,5 +320,5 @@ def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     stop = tuple(range(3, 15))
     options = {"n": 4, "params": SamplingParams(seed=3), "max_new_tokens": 20, "stop_token_ids": stop}
     want = Decoder(model).generate(PROMPTS, **options, max_batch_rows=8)
-    monkeypatch.setattr(decoder._Run, "_step", step)
+    monkeypatch.setattr(decoder_run.Run, "_step", step)
     assert Decoder(model).generate(PROMPTS, **options, max_batch_rows=8) == want
