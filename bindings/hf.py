@@ -1,0 +1,326 @@
+"""Exploratory sampling inside transformers' own ``generate()``, unpatched.
+
+    with explore(model, beta=0.25, seed=7) as exploration:
+        model.generate(**inputs, do_sample=True, num_return_sequences=16,
+                       logits_processor=exploration.logits_processor)
+    exploration.draws.logprob  # [rows, steps]
+
+Hooks tap the model while the context is entered; the logits processor draws with
+:class:`~esamp_core.sample.Explorer` and returns logits of 0 for the drawn token and -inf elsewhere, which leaves
+everything that ``generate`` does afterwards, its warpers and its own draw, only one token to choose.
+
+When a row ends, and with which filters it is drawn, is for ``generate`` to say and is read from it; ways of decoding
+that cannot explore (beams, assistant models, ...) are refused.  Both are in ``hf_generate``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from esamp_core.bindings.hf_generate import (
+    GenerateTaps,
+    Loop,
+    calling_loop,
+    check_request,
+    differing_filters,
+    requested_params,
+)
+from esamp_core.checks import check_options
+from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams
+from esamp_core.decoder_text import seeded_params
+from esamp_core.errors import ArgumentError, EsampError, StateError, UnsupportedModelError
+from esamp_core.explorer import Explorer
+from esamp_core.rows import Rows
+from esamp_core.structures import Draw
+from esamp_core.taps import Tapped, check_head, find_parts
+
+_explored: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def explore(
+    model: nn.Module,
+    *,
+    beta: float | None = None,
+    seed: int | None = None,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    groups: Sequence[Hashable | None] | None = None,
+    config: DistillerConfig | None = None,
+    filter_order: FilterOrder = "transformers",
+    max_candidates: int = 256,
+    shallow_layer: int = 0,
+    explorer: Explorer | None = None,
+) -> Exploration:
+    """A context in which ``model.generate(..., logits_processor=exploration.logits_processor)`` explores.
+
+    model: a decoder-only transformers model with its head, on one device, in eval mode.
+    beta, seed: strength of exploration (default 0.25) and request seed, to go with the temperature, top-k, top-p and
+        min-p that ``generate`` was given; without ``do_sample`` the temperature is 0.
+    params: instead of these, one :class:`SamplingParams`, or one per prompt.  Filters that ``generate`` was asked for
+        and that differ are then not applied, which is warned of.  Seeds: prompt i of one ``SamplingParams`` has
+        seed + i, as in ``Decoder.generate``; without a seed a fresh one is drawn from torch's generator.
+    groups: one per row, rows * num_return_sequences of them; equal ones share a Distiller.  Default: rows with the same
+        token ids, so the samples of one prompt, however it came to be repeated.  None: ``generate`` draws that row.
+        Groups take the place of prompts in ``params`` and seeds.
+    config: the Distillers'.  Default ``DistillerConfig()``, with ``deep_scale`` read from the model's final norm.
+    filter_order, max_candidates: see ``select_candidates``.
+    shallow_layer: the block whose output is the shallow tap; negative counts from the end.  Default 0.
+    explorer: one to use instead of a new one per ``generate``; it then brings config, filter_order, max_candidates.
+
+    Raises UnsupportedModelError and ArgumentError, here or from within ``generate``; StateError where the model is
+    being explored already.  A model that is compiled must be compiled, or ``torch.compiler.reset()`` called, while the
+    context is entered.  Not thread-safe, but ``generate`` may run in another thread.
+    """
+    return Exploration(model, beta, seed, params, groups, config, filter_order, max_candidates, shallow_layer, explorer)
+
+
+class Exploration:
+    """What :func:`explore` gives; to be entered as a context."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float | None,
+        seed: int | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        groups: Sequence[Hashable | None] | None,
+        config: DistillerConfig | None,
+        filter_order: FilterOrder,
+        max_candidates: int,
+        shallow_layer: int,
+        explorer: Explorer | None,
+    ) -> None:
+        if params is not None and (beta is not None or seed is not None):
+            raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
+        if explorer is not None and config is not None:
+            raise ArgumentError("config must be left out when an explorer is given, which has its own")
+        check_options(filter_order, max_candidates)
+        self._parts = find_parts(model, shallow_layer)
+        self._base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
+        self._params, self._groups = params, groups
+        config = config or DistillerConfig()
+        if config.deep_scale is None and config.target == "deep":
+            config = replace(config, deep_scale=self._parts.deep_scale)
+        self._config, self._filter_order, self._max_candidates = config, filter_order, max_candidates
+        self._given = explorer
+        self.explorer = explorer
+        """The Explorer in use; without one given, that of the latest ``generate``."""
+        self.logits_processor: list[Any] = [_Processor(self)]
+        """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
+        self._taps = GenerateTaps(self._parts, self._predict_early)
+        self._entered = self._used = self._head_checked = False
+        self._run: _Run | None = None
+
+    def __enter__(self) -> Exploration:
+        if self._parts.model in _explored:
+            raise StateError(f"{type(self._parts.model).__name__} is being explored already; leave that context first")
+        self._taps.__enter__()
+        _explored.add(self._parts.model)
+        self._entered, self._used = True, False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered = False
+        _explored.discard(self._parts.model)
+        self._taps.__exit__(kind, error, trace)
+        # An error while closing would hide the one that led here.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(EsampError):
+            self._close()
+        if error is None and self._taps.ran and not self._used:
+            raise StateError(
+                f"{type(self._parts.model).__name__} ran, but without exploration: generate must be given "
+                "logits_processor=exploration.logits_processor (continuous batching takes none, and is not supported)"
+            )
+
+    @property
+    def draws(self) -> Draw:
+        """Of the latest ``generate``: :class:`~esamp_core.structures.Draw` with tensors [rows, steps].
+
+        Where a row had ended, or ``generate`` drew it, token_ids is -1 and the status says INACTIVE.  Raises StateError
+        if nothing was drawn.
+        """
+        if self._run is None or not self._run.draws:
+            raise StateError("draws are there after a generate with logits_processor=exploration.logits_processor")
+        return Draw(*(torch.stack(column, 1) for column in zip(*self._run.draws, strict=True)))
+
+    @property
+    def groups(self) -> list[Hashable | None]:
+        """Each row's group in the latest ``generate``: as given, or the number of its prompt."""
+        return [] if self._run is None else list(self._run.groups)
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def _predict_early(self, shallow: Tensor) -> None:
+        """Called by the shallow tap in the middle of a forward: predict beside the rest of it, where rows are known.
+
+        Compiled code leaves it to the processor.  If this is another ``generate``'s prefill that looks like the next
+        step, the rows are about to be closed, and predicting for them changed nothing.
+        """
+        if torch.compiler.is_compiling():
+            return
+        run = self._run
+        if run is not None and run.open and not run.predicted and len(run.rows) == shallow.shape[0]:
+            self._predict(run, shallow)
+
+    @torch.inference_mode(False)  # a caller's: Distillers are updated in place
+    @torch.no_grad()
+    def _predict(self, run: _Run, shallow: Tensor) -> None:
+        run.explorer.predict(shallow, run.rows)
+        run.predicted = True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _draw(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The processor's part of a step: sample, learn, and the logits that leave only what was drawn."""
+        if not self._entered:
+            raise StateError("the logits processor must be used while its explore(...) context is entered")
+        self._used = True
+        loop = calling_loop(self._parts)
+        tapped, skipped = self._taps.take()
+        run = self._run
+        if run is None or run.config is not loop.generation_config:
+            self._close()
+            self._run = None
+            run = self._start(loop, input_ids, tapped)
+        elif skipped:
+            raise UnsupportedModelError(
+                f"{type(self._parts.model).__name__} ran more than once in a step of generate (another logits "
+                "processor that calls the model?), so what was tapped may not belong to the logits"
+            )
+        rows, device = run.rows, self._parts.device
+        if run.stop_ids is not None:  # without stop tokens generate goes on with rows that a criterion has ended
+            rows.active.logical_and_(loop.unfinished_sequences.to(device, non_blocking=True) > 0)
+        if not run.predicted:
+            self._predict(run, tapped.shallow)
+        draw = run.explorer.sample(
+            scores.to(device), rows, model_logits=tapped.logits.to(scores.dtype) if run.edited else None
+        )
+        run.explorer.learn(tapped.deep, rows)
+        run.predicted = False
+        run.draws.append(draw)
+        return run.forced(draw.token_ids, scores)
+
+    def _start(self, loop: Loop, input_ids: Tensor, tapped: Tapped) -> _Run:
+        """The first step of a ``generate``: its rows, groups and parameters."""
+        edited = check_request(loop, self.logits_processor[0])
+        groups = self._row_groups(input_ids)
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(g for g in groups if g is not None))}
+        per_prompt = self._prompt_params(loop.generation_config, len(numbers))
+        explorer = self._given or Explorer(
+            self._parts.head,
+            self._parts.hidden_size,
+            self._config,
+            max_groups=max(1, len(numbers)),
+            max_rows=len(groups),
+            max_candidates=self._max_candidates,
+            filter_order=self._filter_order,
+        )
+        if not self._head_checked:
+            self._head_checked = check_head(self._parts, explorer.head, tapped)
+        params = [self._base if g is None else per_prompt[numbers[g]] for g in groups]
+        criteria = loop.stopping_criteria
+        eos = [torch.as_tensor(c.eos_token_id).reshape(-1) for c in criteria if hasattr(c, "eos_token_id")]
+        skips = torch.tensor([g is None for g in groups], device=self._parts.device)
+        counters = {group: itertools.count() for group in groups}
+        rows = explorer.open(
+            # Nobody would look at what a Distiller of rows with beta 0 had learned.
+            [None if p.beta == 0 else g for g, p in zip(groups, params, strict=True)],
+            params,
+            sample_index=[next(counters[group]) for group in groups],
+        )
+        rows.active.logical_and_(~skips)
+        self.explorer = explorer
+        self._run = _Run(
+            config=loop.generation_config,
+            explorer=explorer,
+            rows=rows,
+            groups=groups,
+            stop_ids=torch.cat([ids.to(self._parts.device) for ids in eos]) if eos else None,
+            skips=skips if None in groups else None,
+            edited=edited,
+        )
+        return self._run
+
+    def _row_groups(self, input_ids: Tensor) -> list[Hashable | None]:
+        count = input_ids.shape[0]
+        if self._groups is not None:
+            if len(self._groups) != count:
+                raise ArgumentError(
+                    f"groups must be one per row of generate, {count} with num_return_sequences, got {self._groups!r}"
+                )
+            return list(self._groups)
+        if input_ids.shape[1] == 0 or self._taps.float_inputs:
+            seen = ", ".join(self._taps.float_inputs) or "no token ids"
+            raise ArgumentError(f"groups must be given where prompts are more than token ids, got None with {seen}")
+        prompts = [ids.tobytes() for ids in input_ids.cpu().numpy()]
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        return [numbers[prompt] for prompt in prompts]
+
+    def _prompt_params(self, config: Any, prompts: int) -> list[SamplingParams]:
+        if self._params is None:
+            return seeded_params(requested_params(config, self._base), prompts)
+        per_prompt = seeded_params(self._params, prompts)
+        if ignored := [text for p in per_prompt for text in differing_filters(config, p)]:
+            warnings.warn(
+                f"generate was asked for {', '.join(dict.fromkeys(ignored))}, but explore(params=...) decides; leave "
+                "params out to use generate's filters, or leave these out of generate",
+                stacklevel=2,
+            )
+        return per_prompt
+
+    def _close(self) -> None:
+        if self._run is not None and self._run.open:
+            self._run.open = False
+            self._run.explorer.close(self._run.rows)
+
+
+class _Processor(LogitsProcessor):
+    """What ``generate`` calls, once per step."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, exploration: Exploration) -> None:
+        self._exploration = exploration
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._exploration._draw(input_ids, scores)
+
+
+@dataclass
+class _Run:
+    """One call of ``generate``."""
+
+    config: Any  # generate's own copy of its GenerationConfig, which tells one call from the next
+    explorer: Explorer
+    rows: Rows
+    groups: list[Hashable | None]
+    stop_ids: Tensor | None
+    skips: Tensor | None  # bool [R], rows that generate draws
+    edited: bool  # whether other processors come before ours
+    predicted: bool = False
+    open: bool = True
+    draws: list[Draw] = field(default_factory=list)
+
+    def forced(self, token_ids: Tensor, scores: Tensor) -> Tensor:
+        """[R, V] logits that leave only the drawn tokens; switches off the rows that these end."""
+        token = token_ids
+        if self.stop_ids is not None:
+            self.rows.active.logical_and_(~(token_ids[:, None] == self.stop_ids).any(-1) & (token_ids >= 0))
+            if self.stop_ids.numel() > 0:
+                # A row whose logits left nothing to draw ends; one that had ended is fed generate's pad anyway.
+                token = torch.where(token_ids < 0, self.stop_ids[0], token_ids)
+        forced = torch.full_like(scores, float("-inf"))
+        forced.scatter_(1, token.clamp_min(0)[:, None].to(scores.device), 0.0)
+        return forced if self.skips is None else torch.where(self.skips[:, None].to(scores.device), scores, forced)
