@@ -1,0 +1,172 @@
+"""vLLM's model classes with a tap: the plugin's entry point, and the wrapper classes it registers.
+
+``register`` re-registers every text-generation architecture under its own name, so that all of vLLM's tables for it
+stay valid, with a subclass made when it is first asked for.  In an engine without ``additional_config["esamp"]`` the
+subclass changes nothing.  Otherwise the model also outputs its hidden state after an early block (vLLM's interface for
+auxiliary hidden states) and each token's position, as further columns of its hidden state.  So they pass through
+whatever the engine does to it, compiled or captured, and ``compute_logits`` finds them beside the rows to be sampled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esamp_core.bindings.vllm_config import TRIED, PluginConfig, check_engine, is_configured
+from esamp_core.bindings.vllm_head import make_explorer
+from esamp_core.config import require
+from esamp_core.errors import UnsupportedModelError
+from esamp_core.explorer import Explorer
+
+SUFFIXES = ("ForCausalLM", "LMHeadModel")
+# A position as digits, each of them exact in any float format.
+DIGIT, DIGITS = 128, 4
+
+_bases: dict[str, Any] = {}  # architecture -> vLLM's own registry entry
+
+
+class TappedRows(NamedTuple):
+    """What the model computed for the rows to be sampled."""
+
+    shallow: Tensor  # [R, H]
+    deep: Tensor  # [R, H]
+    position: Tensor  # int64 [R], of the token that was fed
+    logits: Tensor | None  # [R, V], a copy, where the engine is about to edit them
+
+
+class Tap:
+    """What passes between an engine's model and its logits processor."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
+        self.explorer: Explorer | None = None  # from when the weights are loaded
+        self.rows: TappedRows | None = None  # of the latest compute_logits
+        self.copy_logits = False
+
+
+_latest: Tap | None = None
+
+
+def tap_of(vllm_config: Any) -> Tap:
+    """The one Tap of an engine: its model and its processor are given the same configuration object."""
+    global _latest
+    if _latest is None or _latest.vllm_config is not vllm_config:
+        _latest = Tap(vllm_config)
+    return _latest
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: runs in each of the engine's processes, once or more often."""
+    import vllm
+    from vllm import ModelRegistry
+
+    version = str(getattr(vllm, "__version__", ""))
+    for architecture, entry in list(ModelRegistry.models.items()):
+        # Another plugin's class may have another way to be made.
+        is_vllms_own = getattr(entry, "module_name", "").startswith("vllm.")
+        if architecture.endswith(SUFFIXES) and is_vllms_own and architecture not in _bases:
+            _bases[architecture] = entry
+            ModelRegistry.register_model(architecture, f"{__name__}:{_class_name(architecture, version)}")
+
+
+def _class_name(architecture: str, version: str) -> str:
+    # vLLM caches what it knows of a class under its name: with its version in it, an upgrade asks again.
+    return f"Explored_{architecture}_{''.join(c if c.isalnum() else '_' for c in version)}"
+
+
+def is_registered(architecture: str) -> bool:
+    return architecture in _bases
+
+
+def __getattr__(name: str) -> Any:
+    for architecture, entry in _bases.items():
+        if name.startswith(f"Explored_{architecture}_"):
+            globals()[name] = explored(entry.load_model_cls(), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def explored(base: Any, name: str) -> Any:
+    """A subclass of a vLLM model class that taps, in an engine that is configured to explore."""
+
+    class Explored(base):
+        esamp_tap: Tap | None = None  # stays None in an engine that is not configured to explore: then all is vLLM's
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            if not is_configured(vllm_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+                return
+            check_engine(vllm_config)
+            check_architecture(base)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            model_config = vllm_config.model_config
+            self.esamp_tap = tap_of(vllm_config)
+            self.esamp_hidden = int(model_config.get_hidden_size())
+            layers, layer = model_config.get_total_num_hidden_layers(), PluginConfig.read(vllm_config).shallow_layer
+            require(layer < layers - 1, "esamp.shallow_layer", f"be below {layers - 1}", layer)
+            # vLLM counts the states between the blocks: 0 is the embedding, 1 the first block's output.
+            self.set_aux_hidden_state_layers((layer + 1,))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if self.esamp_tap is None or not isinstance(output, tuple):
+                return output  # where the tap did not run, the processor says so
+            deep, (shallow,) = output
+            positions = kwargs["positions"] if "positions" in kwargs else args[1]
+            return torch.cat((deep, shallow.to(deep.dtype), _digits(positions, deep.dtype)), dim=-1)
+
+        def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            tap = self.esamp_tap
+            if tap is None or hidden_states.shape[-1] != 2 * self.esamp_hidden + DIGITS:
+                return super().compute_logits(hidden_states, *args, **kwargs)
+            deep, shallow, digits = torch.split(hidden_states, [self.esamp_hidden, self.esamp_hidden, DIGITS], dim=-1)
+            deep = deep.contiguous()
+            logits = super().compute_logits(deep, *args, **kwargs)
+            tap.rows = TappedRows(shallow, deep, _position(digits), logits.clone() if tap.copy_logits else None)
+            return logits
+
+        def eval(self) -> Any:
+            # The loader calls this last, when the weights are what they will be: the head can be read from here on.
+            tap = self.esamp_tap
+            if tap is not None and tap.explorer is None:
+                tap.explorer = make_explorer(self, super().compute_logits, tap.vllm_config)
+            return super().eval()
+
+    Explored.__name__ = Explored.__qualname__ = name
+    Explored.__module__ = __name__
+    return Explored
+
+
+def _digits(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, DIGITS] of positions [T], least first."""
+    powers = DIGIT ** torch.arange(DIGITS, device=positions.device)
+    return (positions[:, None] // powers % DIGIT).to(dtype)
+
+
+def _position(digits: Tensor) -> Tensor:
+    powers = DIGIT ** torch.arange(DIGITS, device=digits.device)
+    return (digits.long() * powers).sum(-1)
+
+
+def check_architecture(base: Any) -> None:
+    """Raises UnsupportedModelError for a model class without auxiliary hidden states; warns of another vLLM."""
+    import vllm
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    if not supports_eagle3(base):
+        raise UnsupportedModelError(
+            f"esamp does not work with {base.__name__}: vLLM gives no access to its early hidden states (it lacks "
+            "set_aux_hidden_state_layers); --model-impl transformers may have it"
+        )
+    version = str(vllm.__version__)
+    if not version.startswith(TRIED):
+        warnings.warn(f"esamp was tried with vLLM {TRIED}, this is {version}; watch its log lines", stacklevel=2)

@@ -1,0 +1,84 @@
+"""Settings of the engine under test, made before vLLM is imported, and the checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+# In this process and without compilation an engine starts in seconds; other files start real ones.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+@pytest.fixture(scope="session")
+def checkpoints_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def qwen3(checkpoints_dir: Path) -> str:
+    from checkpoints import make
+
+    return make("qwen3", checkpoints_dir)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints_dir: Path) -> str:
+    from checkpoints import make
+
+    return make("llama", checkpoints_dir)
+
+
+@pytest.fixture(scope="session", params=["qwen3", "llama"])
+def checkpoint(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: str) -> Any:
+    """The same checkpoint in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").float().eval()
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint: str) -> Any:
+    """vLLM's own engine: its own model class, no processor."""
+    from engines import make_llm
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from esamp_core.bindings import vllm_models
+
+    load_general_plugins()
+    ours = dict(ModelRegistry.models)
+    ModelRegistry.models.update(vllm_models._bases)
+    llm = make_llm(checkpoint)
+    ModelRegistry.models.update(ours)
+    assert llm.apply_model(lambda model: type(model).__module__.split(".")[0]) == ["vllm"]
+    return llm
+
+
+@pytest.fixture(scope="session")
+def exploring(checkpoint: str) -> Any:
+    from engines import CapturingProcessor, make_llm
+
+    return make_llm(checkpoint, {}, logits_processors=[CapturingProcessor])
+
+
+@pytest.fixture
+def captured() -> Iterator[list[Any]]:
+    from engines import CapturingProcessor
+
+    CapturingProcessor.captured.clear()
+    yield CapturingProcessor.captured
+    CapturingProcessor.captured.clear()

