@@ -6,6 +6,7 @@ device from a seed; more than one set of them, so that a run can rotate through 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from esamp_core.sample import Head, RowParams, SamplingParams, row_seeds
 
 LogitsKind = Literal["random", "clustered", "peaked"]
+KINDS: tuple[LogitsKind, ...] = ("random", "clustered", "peaked")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ SHAPES = (QWEN_0_5B, QWEN_1_5B, QWEN_7B, QWEN_32B, LLAMA_8B, GEMMA_9B)
 
 ROWS = (1, 8, 32, 128, 512, 1024)
 TOP_K = (20, 50, 256)
+SLOTS = (1, 8, 32, 128)
 DTYPES = (torch.bfloat16, torch.float32)
+DRY_SHAPE = Shape("dry", 500, 32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class SamplingCase:
     top_k: int
     dtype: torch.dtype = torch.bfloat16
     kind: LogitsKind = "random"
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.shape.name} R={self.rows} K={self.top_k} {dtype} {self.kind}"
 
     @property
     def params(self) -> SamplingParams:
@@ -73,6 +82,24 @@ class DistillerCase:
     slots: int
     rows_per_slot: int
     rank: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name} S={self.slots}x{self.rows_per_slot} r={self.rank}"
+
+    @property
+    def rows(self) -> int:
+        return self.slots * self.rows_per_slot
+
+    @property
+    def forward_flops(self) -> int:
+        """Three products per row: x A, x G and h B."""
+        return 6 * self.rows * self.shape.hidden * self.rank
+
+    @property
+    def step_flops(self) -> int:
+        """dy B', and the gradients of A, G and B."""
+        return 8 * self.rows * self.shape.hidden * self.rank
 
     @property
     def weight_bytes(self) -> int:
@@ -101,6 +128,22 @@ TARGETS = (
 # products over per-row copies of its weights.
 
 
+def kernel_cases(quick: bool = False) -> list[SamplingCase | DistillerCase]:
+    """What bench_kernels measures, the most wanted first: each axis alone around one case, not their product."""
+    base = SamplingCase(QWEN_7B, 128, 50)
+    cases: list[SamplingCase | DistillerCase] = [base, DistillerCase(QWEN_7B, 8, 16)]
+    cases += [SamplingCase(QWEN_7B, 128, 50, torch.float32), SamplingCase(QWEN_7B, 128, 50, kind="peaked")]
+    if quick:
+        return cases
+    cases += [SamplingCase(QWEN_7B, rows, 50) for rows in (1, 8, 32, 512, 1024)]
+    cases += [DistillerCase(QWEN_7B, slots, 16) for slots in SLOTS if slots != 8]
+    cases += [SamplingCase(shape, 128, 50) for shape in SHAPES if shape != QWEN_7B]
+    cases += [SamplingCase(QWEN_7B, 128, k) for k in (20, 256)]
+    cases += [SamplingCase(QWEN_7B, 128, 50, kind="clustered")]
+    cases += [DistillerCase(shape, 8, 16) for shape in (QWEN_0_5B, QWEN_1_5B, QWEN_32B)]
+    return cases
+
+
 class SamplingInputs(NamedTuple):
     """The arguments of ``explore``."""
 
@@ -112,11 +155,40 @@ class SamplingInputs(NamedTuple):
     head: Head
 
 
+@functools.cache
+def decode_step_logits() -> Tensor:
+    """float32 [steps, 113]: logits of real decode steps of the embedded model, largest first, relative to the largest.
+
+    8 held-out problems, one sample each at temperature 1, every step up to the sample's end.
+    """
+    from esamp_core import countdown
+
+    model, tokenizer = countdown.load()
+    prompts = [problem.prompt for problem in countdown.held_out_problems("tune", 8)]
+    inputs = tokenizer(prompts, return_tensors="pt")
+    end = model.generation_config.eos_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = model.generate(
+            **inputs, do_sample=True, max_new_tokens=40, output_logits=True,
+            return_dict_in_generate=True, top_k=0, top_p=1.0,
+        )  # fmt: skip
+    logits = torch.stack(out.logits, 1)  # [rows, steps, 113]
+    drawn = out.sequences[:, -logits.shape[1] :]
+    ends = torch.tensor([end] if isinstance(end, int) else end)
+    ended = torch.isin(drawn, ends).int()
+    running = ended.cumsum(1) - ended == 0
+    steps = logits[running].float().sort(-1, descending=True).values
+    return steps - steps[:, :1]
+
+
 def make_logits(case: SamplingCase, generator: torch.Generator) -> Tensor:
     """[R, V] of the case's dtype.
 
     random: normal, like an untrained head.  clustered: each row's likely tokens are neighbours, the worst case for
-    selection by blocks.  peaked: a few tokens far above the rest, as most steps of a trained model.
+    selection by blocks.  peaked: every row has, at random token ids, all logits of one real decode step of the embedded
+    model (113 tokens); the rest of the vocabulary, which that model does not have, is normal noise around its lowest.
+    So the shape of the likely tokens is real, that of the far tail is made up.
     """
     rows, vocab, device = case.rows, case.shape.vocab, generator.device
     x = torch.randn(rows, vocab, generator=generator, device=device).mul_(2.0)
@@ -125,8 +197,12 @@ def make_logits(case: SamplingCase, generator: torch.Generator) -> Tensor:
         ids = (start + torch.arange(512, device=device)).clamp_max(vocab - 1)
         x.scatter_add_(1, ids, torch.full(ids.shape, 12.0, device=device))
     elif case.kind == "peaked":
-        ids = torch.randint(0, vocab, (rows, 4), generator=generator, device=device)
-        x.scatter_add_(1, ids, torch.tensor([18.0, 16.0, 13.0, 10.0], device=device).expand(rows, -1))
+        steps = decode_step_logits().to(device)
+        chosen = steps[torch.randint(0, len(steps), (rows,), generator=generator, device=device)]
+        first = torch.randint(0, vocab, (rows, 1), generator=generator, device=device)
+        stride = vocab // chosen.shape[1]  # apart, so that no two fall on one id
+        ids = (first + torch.arange(chosen.shape[1], device=device) * stride) % vocab
+        x = (x + chosen[:, -1:]).scatter_(1, ids, chosen)
     return x.to(case.dtype)
 
 

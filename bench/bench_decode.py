@@ -1,0 +1,317 @@
+"""What exploration costs a decoder: on, off, and transformers' own sampling, paired and interleaved in one run.
+
+    python -m bench.bench_decode [--dry] [--seconds N] [--rounds N] [--out FILE]
+
+Random-weight Qwen2 models of real shapes, built on the device in bfloat16; P prompts of 64 tokens, n samples each, up
+to 256 new tokens.  Rows end unevenly: every step ends a row with a probability of about 1 / 512.  The variants run by
+turns; a ratio is the median over rounds of one's time per step over another's, prefill included.  Distiller updates are
+counted: a run with exploration that made none is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import inspect
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import median, median_ratio, spread
+from bench.results import output_folder, report, save
+from bench.timeline import breakdown, record
+from esamp_core.decoder import Decoder
+from esamp_core.sample import SamplingParams
+
+PROMPT_TOKENS = 64
+PARAMS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
+END_CHANCE = 1 / 512
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+QWEN_0_5B = ModelShape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151_936, True)
+QWEN_1_5B = ModelShape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151_936, True)
+QWEN_7B = ModelShape("Qwen2.5-7B", 3584, 18944, 28, 28, 4, 152_064, False)
+DRY_MODEL = ModelShape("dry", 32, 64, 2, 4, 2, 300, False)
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    model: ModelShape
+    prompts: int
+    samples: int
+    new_tokens: int = 256
+    profiled: bool = False
+    target: float | None = None  # least speed with exploration, relative to without
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} {self.prompts}x{self.samples}"
+
+
+# The most wanted first: a run ends when its time does.
+CASES = (
+    DecodeCase(QWEN_7B, 8, 16, profiled=True, target=0.995),
+    DecodeCase(QWEN_0_5B, 8, 16, profiled=True, target=0.98),
+    DecodeCase(QWEN_0_5B, 1, 16),
+    DecodeCase(QWEN_1_5B, 8, 16),
+    DecodeCase(QWEN_7B, 1, 16),
+    DecodeCase(QWEN_0_5B, 1, 1),
+    DecodeCase(QWEN_0_5B, 32, 16),
+    DecodeCase(QWEN_7B, 32, 16),
+    DecodeCase(QWEN_7B, 1, 1),
+    DecodeCase(QWEN_1_5B, 1, 16),
+    DecodeCase(QWEN_1_5B, 32, 16),
+    DecodeCase(QWEN_1_5B, 1, 1),
+)
+DRY_CASES = (DecodeCase(DRY_MODEL, 1, 1, 6), DecodeCase(DRY_MODEL, 2, 3, 6, profiled=True))
+
+
+def build_model(shape: ModelShape, device: str, dtype: torch.dtype) -> Any:
+    """A Qwen2 of this shape with random weights, made where it is used."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen2ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def stop_tokens(vocab: int, chance: float) -> list[int]:
+    """Enough token ids, evenly spread, that one of them is drawn with about this probability per step."""
+    count = max(1, round(vocab * chance))
+    return list(range(1, vocab, max(1, vocab // count)))[:count]
+
+
+@dataclass
+class Run:
+    """What one call did."""
+
+    seconds: float
+    steps: int
+    tokens: int
+    lengths: list[int]
+    updates: int
+    peak_bytes: int
+
+
+def timed(work: Callable[[], tuple[list[int], int]], device: str) -> Run:
+    """Run a whole call; it returns each row's length and the Distiller updates made."""
+    cuda = device == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    lengths, updates = work()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return Run(seconds, max(lengths), sum(lengths), lengths, updates, peak)
+
+
+class Variants:
+    """The three ways to sample of one model, for one case."""
+
+    def __init__(self, model: Any, case: DecodeCase, device: str) -> None:
+        self.model, self.case, self.device = model, case, device
+        g = torch.Generator().manual_seed(1)
+        self.prompts = torch.randint(1, case.model.vocab, (case.prompts, PROMPT_TOKENS), generator=g)
+        self.stops = stop_tokens(case.model.vocab, END_CHANCE)
+        self.compiled = device == "cuda" and case.profiled
+        self.decoder = Decoder(model)
+        # The decoder captures its step in a CUDA graph where it can; named here so that a run says what it ran.
+        self.graph = {"graph": "auto"} if "graph" in inspect.signature(self.decoder.generate).parameters else {}
+
+    def explored(self, seed: int, beta: float, new_tokens: int | None = None) -> tuple[list[int], int]:
+        rows = self.case.prompts * self.case.samples
+        results = self.decoder.generate(
+            self.prompts.to(self.device),
+            n=self.case.samples,
+            params=SamplingParams(seed=seed, beta=beta, **PARAMS),  # type: ignore[arg-type]
+            max_new_tokens=new_tokens or self.case.new_tokens,
+            stop_token_ids=self.stops,
+            cache="static",
+            max_batch_rows=rows,
+            **self.graph,  # type: ignore[arg-type]
+        )
+        explorer = self.decoder.explorer
+        assert explorer is not None
+        # Read after the run, from the bank itself: stats() of a running group would wait for the device within it.
+        return [len(r.token_ids) for r in results], int(explorer._bank.state.updates.sum())
+
+    def transformers(self, seed: int) -> tuple[list[int], int]:
+        """generate(), with a static cache (which it compiles by itself on CUDA) where the case is worth the minute."""
+        torch.manual_seed(seed)
+        ids = self.prompts.to(self.device)
+        out: Tensor = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            num_return_sequences=self.case.samples,
+            max_new_tokens=self.case.new_tokens,
+            eos_token_id=self.stops,
+            pad_token_id=0,
+            cache_implementation="static" if self.compiled else None,
+            **PARAMS,
+        )
+        drawn = out[:, PROMPT_TOKENS:]
+        ended = torch.isin(drawn, torch.tensor(self.stops, device=drawn.device)).int()
+        running = ended.cumsum(1) - ended == 0
+        return running.sum(1).tolist(), 0
+
+    def all(self) -> dict[str, Callable[[int], tuple[list[int], int]]]:
+        return {
+            "on": lambda seed: self.explored(seed, 0.25),
+            "off": lambda seed: self.explored(seed, 0.0),
+            "transformers": self.transformers,
+        }
+
+
+def measure_case(case: DecodeCase, model: Any, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the result file.  Raises SystemExit where exploration was on and nothing was learned."""
+    variants = Variants(model, case, device)
+    works = variants.all()
+    failed: dict[str, str] = {}
+    for name in list(works):
+        try:
+            works[name](0)  # warm-up: compile, capture
+        except Exception as error:
+            if name != "transformers":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+            del works[name]
+    names = list(works)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            runs[name].append(timed(functools.partial(works[name], i + 1), device))
+    if any(run.updates == 0 for run in runs["on"]):
+        raise SystemExit(f"{case.name}: exploration was on and no Distiller was updated")
+    steps = {name: [run.seconds / run.steps for run in done] for name, done in runs.items()}
+    rows = []
+    for name, done in runs.items():
+        row: dict[str, Any] = {"name": f"{case.name}: {name}", "case": case.name, "op": name}
+        row |= {"model": case.model.name, "prompts": case.prompts, "samples": case.samples}
+        row |= {"R": case.prompts * case.samples, "graph": variants.graph.get("graph", "none")}
+        row |= {"milliseconds": round(median(steps[name]) * 1e3, 4), "spread": round(spread(steps[name]), 4)}
+        row |= {"tokens_per_s": round(median([run.tokens / run.seconds for run in done]), 1)}
+        lengths = sorted(n for run in done for n in run.lengths)
+        row |= {"lengths": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]}
+        row |= {"updates": min(run.updates for run in done), "peak_bytes": max(run.peak_bytes for run in done)}
+        if name == "on":
+            # Speed relative to the others: below 1 exploration costs something.
+            row |= {"ratio": round(median_ratio(steps["off"], steps["on"]), 4)}
+            if case.target is not None:
+                row |= {"target": case.target}
+        elif name == "transformers":
+            row |= {"graph": "static cache, compiled" if variants.compiled else "dynamic cache"}
+            row |= {"ratio": round(median_ratio(steps["transformers"], steps["on"]), 4)}
+        if case.profiled and name in ("on", "off"):
+            beta = 0.25 if name == "on" else 0.0
+            row |= {"timeline": profile(functools.partial(variants.explored, 1, beta, min(32, case.new_tokens)))}
+        rows.append(row)
+    return rows + [
+        {"name": f"{case.name}: {n}", "case": case.name, "op": n, "failed": text} for n, text in failed.items()
+    ]
+
+
+def profile(work: Callable[[], object]) -> dict[str, float]:
+    """Device time of a short call, by stream."""
+    return {name: round(value, 1) for name, value in breakdown(record(work)).items()}
+
+
+def run(
+    cases: Sequence[DecodeCase], device: str, *, dry: bool, seconds: float, rounds: int, command: str, out: Path
+) -> dict[str, Any]:
+    """Measure cases in order until the time is up; the file is written after each."""
+    start = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    done: list[str] = []
+    model, built = None, None
+    for case in cases:
+        if time.monotonic() - start > seconds:
+            break
+        if built != case.model:
+            model = None
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            model, built = build_model(case.model, device, torch.float32 if dry else torch.bfloat16), case.model
+        rows += measure_case(case, model, device, rounds)
+        done.append(case.name)
+        print(f"{time.monotonic() - start:6.1f} s  {case.name}", flush=True)
+        skipped = [case.name for case in cases if case.name not in done]
+        body = report("decode", command, rows, dry=dry, rounds=rounds, skipped=skipped)
+        save(body, out)
+    if not done:
+        raise SystemExit(f"no time for a single case in {seconds:.0f} s")
+    return body
+
+
+def short_table(body: dict[str, Any]) -> str:
+    lines = [f"{'case':36} {'ms/step':>8} {'tokens/s':>10} {'ratio':>7} {'target':>7} {'updates':>8}"]
+    for row in body["cases"]:
+        numbers = [row.get(k) for k in ("milliseconds", "tokens_per_s", "ratio", "target")]
+        shown = ["-" if n is None else f"{n:.3f}" for n in numbers]
+        tail = row.get("failed") or row["updates"]
+        lines.append(f"{row['name']:36} {shown[0]:>8} {shown[1]:>10} {shown[2]:>7} {shown[3]:>7} {tail:>8}")
+        if row.get("timeline"):
+            lines.append("    " + ", ".join(f"{k} {v:.0f}" for k, v in row["timeline"].items()))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU, no times kept")
+    parser.add_argument("--seconds", type=float, default=200.0, help="start no case after this long")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="result file; default decode.json in ESAMP_BENCH_OUT or bench/out")
+    a = parser.parse_args(arguments)
+    if not a.dry and not torch.cuda.is_available():
+        raise SystemExit("no GPU: nothing to measure here (--dry runs the same code on tiny shapes)")
+    command = "python -m bench.bench_decode " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    device, cases = ("cpu", DRY_CASES) if a.dry else ("cuda", CASES)
+    out = a.out or output_folder() / "decode.json"
+    body = run(cases, device, dry=a.dry, seconds=a.seconds, rounds=a.rounds, command=command.strip(), out=out)
+    print(short_table(body))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Result files: when, where, with what, and the cases.
+
+    {"kind": "kernels" | "decode" | "cpu", "dry": false, "date": ..., "command": ..., "commit": ..., "machine": {...},
+     "versions": {...}, "floors": {...}, "cases": [{"name": ..., ...}]}
+
+A dry run exercises the code on tiny shapes; its times say nothing and are not kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+# Fields that are measurements of time or made from them, wherever they stand in a case.
+TIMES = (
+    "microseconds",
+    "milliseconds",
+    "seconds",
+    "spread",
+    "ratio",
+    "gb_per_s",
+    "of_floor",
+    "tokens_per_s",
+    "speedup",
+)
+
+
+def output_folder() -> Path:
+    folder = Path(os.environ.get("ESAMP_BENCH_OUT") or ROOT / "bench" / "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The tree's commit, "+" where it has changes; "unknown" outside a clone."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return (head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")) if head else "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def machine() -> dict[str, Any]:
+    result: dict[str, Any] = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            driver = "unknown"
+        result |= {
+            "gpu": p.name,
+            "multiprocessors": p.multi_processor_count,
+            "memory_gib": round(p.total_memory / 2**30),
+        }
+        result |= {"driver": driver, "cuda": torch.version.cuda}
+    return result
+
+
+def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, **more: Any) -> dict[str, Any]:
+    """What is written to a file.  Times of a dry run are dropped here, so that none can be quoted."""
+    packages = ("torch", "triton", "transformers", "flashinfer-python")
+    versions = {"python": platform.python_version()} | {p: v for p in packages if (v := _version(p))}
+    body = {
+        "kind": kind,
+        "dry": dry,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions,
+        **more,
+        "cases": cases,
+    }
+    return without_times(body) if dry else body
+
+
+def without_times(value: Any) -> Any:
+    """The same structure, every measurement of time None."""
+    if isinstance(value, dict):
+        return {k: None if k in TIMES else without_times(v) for k, v in value.items()}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def save(body: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    missing = {"kind", "dry", "date", "command", "commit", "machine", "versions", "cases"} - set(body)
+    if missing:
+        raise SystemExit(f"{path} is no result file: it lacks {', '.join(sorted(missing))}")
+    return body

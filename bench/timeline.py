@@ -1,0 +1,105 @@
+"""Where device time goes: intervals of device work per stream, from torch.profiler.
+
+busy     time in which a stream has work running
+hidden   time in which a second stream works while the main stream does too: what exploration costs nobody
+exposed  the rest of the second streams' time
+gaps     time in which no stream works: launches, the host
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class Interval(NamedTuple):
+    name: str
+    stream: int
+    start: float  # microseconds
+    end: float
+
+
+def device_intervals(trace: dict[str, Any]) -> list[Interval]:
+    """Device work of a Chrome trace as torch.profiler exports it."""
+    return [
+        Interval(e["name"], int(e["args"]["stream"]), float(e["ts"]), float(e["ts"]) + float(e["dur"]))
+        for e in trace["traceEvents"]
+        if e.get("ph") == "X" and e.get("cat") in DEVICE_WORK
+    ]
+
+
+def union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time as disjoint spans in order."""
+    result: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def length(spans: Sequence[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in spans)
+
+
+def overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+    """Time covered by both; each is disjoint and in order."""
+    return length(a) + length(b) - length(union([*a, *b]))
+
+
+def breakdown(intervals: Sequence[Interval]) -> dict[str, float]:
+    """Microseconds; the main stream is the busiest one.  Empty without device work."""
+    if not intervals:
+        return {}
+    streams: dict[int, list[tuple[float, float]]] = {}
+    for i in intervals:
+        streams.setdefault(i.stream, []).append((i.start, i.end))
+    merged = {stream: union(spans) for stream, spans in streams.items()}
+    main = max(merged, key=lambda stream: length(merged[stream]))
+    second = union([span for stream, spans in merged.items() if stream != main for span in spans])
+    everything = union([span for spans in merged.values() for span in spans])
+    hidden = overlap(merged[main], second)
+    wall = everything[-1][1] - everything[0][0]
+    return {
+        "wall_us": wall,
+        "main_busy_us": length(merged[main]),
+        "second_busy_us": length(second),
+        "second_hidden_us": hidden,
+        "second_exposed_us": length(second) - hidden,
+        "gaps_us": wall - length(everything),
+        "streams": float(len(streams)),
+    }
+
+
+def kernel_medians(intervals: Sequence[Interval]) -> dict[str, float]:
+    """Median microseconds of this project's kernels, by name."""
+    times: dict[str, list[float]] = {}
+    for i in intervals:
+        if i.name.startswith("_") and i.name.endswith("_kernel"):
+            times.setdefault(i.name, []).append(i.end - i.start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def record(work: Callable[[], object]) -> list[Interval]:
+    """Run it under the profiler; its device work.  Without a GPU there is none."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=kinds) as profile:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return device_intervals(json.loads(path.read_text(encoding="utf-8", errors="replace")))
