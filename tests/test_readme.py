@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = (block for block in BLOCKS if "countdown.load" in block)
     exec(example, {})
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_transformers_example_runs(embedded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (block for block in BLOCKS if "bindings.hf" in block)
+    model, tokenizer = embedded
+    exec(example, {"model": model, "tokenizer": tokenizer, "prompts": ["3 7 3 5 -> 41 :", "2 9 4 -> 14 :"]})
+    output = capsys.readouterr().out
+    assert output.count("3 7 3 5 -> 41 :") == output.count("2 9 4 -> 14 :") == 16
 
 
 class Model:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PATH",
+    "DISTILLER",
     "load",
     "Problem",
     "check",
@@ -59,6 +60,8 @@ __all__ = [
 ]
 
 PATH: Path = Path(__file__).resolve().parent
+DISTILLER: Path = PATH / "distiller.safetensors"
+"""Calibrated start weights of rank 64, for ``DistillerConfig(start=str(DISTILLER))``; see docs/quality.md."""
 
 
 def load(

@@ -1,0 +1,250 @@
+"""The samplers that are compared, side by side, and the controls that could explain a gain away.
+
+Filters are transformers' own warpers.  All samplers draw with the library's counter-based noise, so that at one seed
+they differ by what they do and not by their luck.  ``Explored`` is the library's Explorer itself; the main table uses
+the batched Distillers of ``quality_distiller``, which draw the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from bench.quality_decode import Pick, Run, Sampler, Setting, Step
+from bench.quality_memory import Memory
+from esamp_core.philox import gumbel, row_seeds, token_bits, vocabulary_bits
+from esamp_core.sample import DistillerConfig, Explorer, SamplingParams
+
+CODE_BITS = 53  # of an arithmetic code: a float64 below 1
+
+
+# ---------------------------------------------------------------------------------------------- filters
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which tokens can be drawn, and with which logits.  Order as in transformers; None, 0 and 1 are off.
+
+    first_temperature: of the first token alone (FIRE).  top_n_sigma: keep logits within n standard deviations of the
+    largest (Tang et al. 2024, arXiv 2411.07641).  sharpen: factor on what the filters left.
+    """
+
+    temperature: float = 1.0
+    first_temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_n_sigma: float | None = None
+    sharpen: float = 1.0
+
+    def warpers(self, first: bool) -> LogitsProcessorList:
+        """transformers' processors, in its order."""
+        hot = self.first_temperature if first else None
+        processors = LogitsProcessorList([TemperatureLogitsWarper(float(hot or self.temperature))])
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            processors.append(MinPLogitsWarper(self.min_p))
+        return processors
+
+    def __call__(self, logits: Tensor, first: bool) -> Tensor:
+        """Logits [R, V], divided by the temperature; -inf where a token cannot be drawn."""
+        scores = logits
+        if self.top_n_sigma is not None:  # of the raw logits, so that it does not depend on the temperature
+            floor = logits.max(-1, keepdim=True).values - self.top_n_sigma * logits.std(-1, keepdim=True)
+            scores = scores.masked_fill(scores < floor, -torch.inf)
+        empty = torch.zeros(len(scores), 0, dtype=torch.long)  # none of these warpers looks at the tokens
+        return self.warpers(first)(empty, scores) * self.sharpen
+
+
+# ---------------------------------------------------------------------------------------------- draws
+
+
+class GumbelDraw:
+    """Independent siblings: the library's draw without exploration."""
+
+    def __init__(self, setting: Setting) -> None:
+        index = torch.arange(setting.siblings).repeat(setting.groups)
+        self.seeds = row_seeds(setting.request_seeds.repeat_interleave(setting.siblings), index)
+
+    def __call__(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
+        bits = vocabulary_bits(self.seeds[row], torch.full_like(row, position), scores.shape[-1])
+        return (scores + gumbel(bits)).argmax(-1)
+
+
+class ArithmeticDraw(GumbelDraw):
+    """Stratified siblings (arithmetic sampling, Vilnis et al. 2023, arXiv 2210.15458).
+
+    Sibling i of n holds a code u_i = frac(i / n + U), U uniform and shared, so each u_i is uniform by itself.  A token
+    is the inverse CDF of u, by token id; then u becomes its place within the token's interval, and the bits that this
+    used up are refilled.  So every sample keeps its own distribution, and of the n siblings floor(n p) or ceil(n p)
+    draw a prefix of probability p.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        n, index = setting.siblings, torch.arange(setting.siblings).repeat(setting.groups)
+        # Position -1 of the request seed itself, which no row draws with.
+        common = self._uniform(setting.request_seeds, -1).repeat_interleave(n)
+        self._code = (index / n + common) % 1.0
+
+    @staticmethod
+    def _uniform(seeds: Tensor, position: int) -> Tensor:
+        """float64 in [0, 1) of 53 bits."""
+        words = token_bits(seeds, torch.full_like(seeds, position), torch.tensor([[0, 1]]).expand(len(seeds), 2))
+        return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() * 2.0**-CODE_BITS
+
+    def __call__(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
+        chances = scores.double().softmax(-1)
+        upper = chances.cumsum(-1)
+        code = self._code[row, None] * upper[:, -1:]
+        token = torch.searchsorted(upper, code, right=True)
+        last = scores.shape[-1] - 1 - chances.flip(-1).gt(0).int().argmax(-1, keepdim=True)
+        token = torch.minimum(token, last)  # rounding must not lead beyond the last token that can be drawn
+        chance = chances.gather(-1, token)
+        inside = (code - (upper.gather(-1, token) - chance)) / chance
+        refill = self._uniform(self.seeds[row], position)[:, None] * 2.0**-CODE_BITS / chance
+        self._code[row] = (inside + refill).clamp(0.0, 1 - 2.0**-CODE_BITS)[:, 0]
+        return token[:, 0]
+
+
+def log_chance(scores: Tensor, token: Tensor) -> Tensor:
+    return scores.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------- samplers
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Filters, an optional memory of what siblings did, and one of the two draws.
+
+    learns: whether the memory changes; the untrained control's does not, and leaves siblings independent.
+    rounds: within a step, siblings i with i % rounds = r draw in round r and see what earlier rounds drew.
+    """
+
+    name: str
+    filter: Filter
+    arithmetic: bool = False
+    memory: Callable[[Setting], Memory] | None = None
+    rounds: int = 1
+    learns: bool = True
+
+    @property
+    def dependent(self) -> bool:
+        return self.arithmetic or (self.memory is not None and self.learns)
+
+    def start(self, setting: Setting) -> Run:
+        return PlainRun(self, setting)
+
+
+class PlainRun:
+    def __init__(self, sampler: Plain, setting: Setting) -> None:
+        self._sampler, self._setting = sampler, setting
+        self._draw = (ArithmeticDraw if sampler.arithmetic else GumbelDraw)(setting)
+        self._memory = None if sampler.memory is None else sampler.memory(setting)
+
+    def draw(self, step: Step) -> Pick:
+        scores = self._sampler.filter(step.logits, step.index == 0)
+        if self._memory is None:
+            token = self._draw(scores, step.row, step.index)
+            return Pick(token, log_chance(scores, token))
+        groups, n = self._setting.groups, self._setting.siblings
+
+        def dense(t: Tensor) -> Tensor:
+            """[R, ..] as [P, n, ..], with zeros for rows that have left."""
+            return torch.zeros(groups * n, *t.shape[1:], dtype=t.dtype).index_copy_(0, step.row, t).view(groups, n, -1)
+
+        self._memory.begin(dense(step.shallow), dense(step.deep))
+        token, novelty = torch.zeros_like(step.row), torch.zeros(len(step.row))
+        for r in range(min(self._sampler.rounds, n)):
+            siblings = torch.arange(r, n, self._sampler.rounds)
+            here = (step.row % n % self._sampler.rounds == r).nonzero()[:, 0]
+            penalty = self._memory.penalty(siblings)
+            rows = step.row[here]
+            mine = penalty[rows // n, rows % n // self._sampler.rounds]
+            scores[here] -= mine / self._sampler.filter.temperature  # the temperature divides the reweighted logits
+            token[here] = self._draw(scores[here], rows, step.index)
+            novelty[here] = -mine.gather(-1, token[here, None])[:, 0]
+            drawn, taught = dense(token[:, None])[..., 0], dense(step.active[:, None])[..., 0]
+            self._memory.add(siblings, drawn[:, siblings], taught[:, siblings])
+        return Pick(token, log_chance(scores, token), novelty)
+
+    def keep(self, index: Tensor) -> None:
+        pass
+
+    def losses(self) -> list[float]:
+        return [] if self._memory is None else self._memory.losses
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The library's Explorer: ESamp, the choice-Distiller, and with lr 0 the untrained control."""
+
+    name: str
+    params: SamplingParams
+    config: DistillerConfig
+
+    @property
+    def dependent(self) -> bool:
+        return self.config.lr > 0
+
+    def start(self, setting: Setting) -> Run:
+        return ExploredRun(self, setting)
+
+
+def with_scale(config: DistillerConfig, setting: Setting) -> DistillerConfig:
+    """As the library's decoder does: the scale that the model's final norm states."""
+    if config.target == "choice" or config.deep_scale is not None:
+        return config
+    return replace(config, deep_scale=setting.source.parts.deep_scale)
+
+
+class ExploredRun:
+    def __init__(self, sampler: Explored, setting: Setting) -> None:
+        parts, n = setting.source.parts, setting.siblings
+        self._explorer = Explorer(
+            parts.head,
+            parts.hidden_size,
+            with_scale(sampler.config, setting),
+            max_groups=setting.groups,
+            max_rows=setting.groups * n,
+        )
+        seeds = setting.request_seeds.tolist()
+        params = [replace(sampler.params, seed=seed) for seed in seeds for _ in range(n)]
+        self._rows = self._explorer.open([g for g in range(setting.groups) for _ in range(n)], params)
+        self._beta, self._losses = sampler.params.beta, list[float]()
+
+    def draw(self, step: Step) -> Pick:
+        self._rows.active.copy_(step.active)
+        self._explorer.predict(step.shallow, self._rows)
+        if step.index:
+            stats = self._explorer.stats().values()
+            self._losses.append(sum(s.loss for s in stats) / len(stats))
+        draw = self._explorer.sample(step.logits, self._rows)
+        self._explorer.learn(step.deep, self._rows)
+        return Pick(draw.token_ids.clamp_min(0), draw.logprob, draw.novelty * self._beta)
+
+    def keep(self, index: Tensor) -> None:
+        self._rows = self._rows.keep(index)
+
+    def losses(self) -> list[float]:
+        return self._losses if self._explorer.config.lr > 0 else []
+
+
+def by_name(samplers: list[Sampler]) -> dict[str, Sampler]:
+    found = {s.name: s for s in samplers}
+    assert len(found) == len(samplers), "two samplers of one name"
+    return found

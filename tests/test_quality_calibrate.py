@@ -1,0 +1,166 @@
+"""Calibration: lower error on held-out tokens, the same function after balancing, resumable, and the bank's start."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import esamp_core.calibrate as module
+from esamp_core import countdown
+from esamp_core.calibrate import Calibration, CalibrationConfig, States, calibrate, save_start
+from esamp_core.distiller import DistillerBank, start_weights
+from esamp_core.errors import ArgumentError
+from esamp_core.sample import DistillerConfig, DistillerWeights, distiller_forward, group_rows
+
+CPU = torch.device("cpu")
+SMALL = CalibrationConfig(rank=8, samples=2, max_new_tokens=26, held_out=0.25, steps=60, batch=128, rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Any, Any]:
+    return countdown.load()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return [p.prompt for p in countdown.held_out_problems("tune", 20)]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def result(model: tuple[Any, Any], prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    return calibrate(*model, prompts, SMALL, tmp_path_factory.mktemp("c") / "w", quiet())
+
+
+def test_the_error_falls_on_prompts_that_did_not_teach(result: Calibration) -> None:
+    assert result.before > 1.0
+    assert result.after < 0.8 * result.before
+    assert result.held_out_tokens > 100
+
+
+def test_states_are_those_of_decoding(model: tuple[Any, Any], prompts: list[str]) -> None:
+    """One row at a time, without padding: what the model's own forward says at each generated position."""
+    from esamp_core.decoder import Decoder
+
+    network, tokenizer = model
+    decoder = Decoder(network, tokenizer)
+    ids = [tokenizer(p)["input_ids"] for p in prompts[:2]]
+    drawn = [[20, 100, 7], [5, 103, 9, 104, 12, 3]]
+    sequences = [(i, ids[i], drawn[i]) for i in range(2)]
+    with module.Progress(console=quiet()) as progress:
+        states = module._collect(decoder.parts, sequences, progress, progress.add_task("states"))
+    out = network(torch.tensor([ids[1] + drawn[1][:-1]]), output_hidden_states=True)
+    at = slice(len(ids[1]) - 1, None)
+    # Longest first, so the second sequence comes first; hidden_states[1] is what the first block puts out.
+    torch.testing.assert_close(states.shallow[:6], out.hidden_states[1][0, at], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states.deep[:6], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
+    assert len(states.deep) == 6 + 3
+
+
+def test_balancing_changes_no_prediction(result: Calibration) -> None:
+    torch.manual_seed(0)
+    shallow = torch.randn(40, 128)
+    lopsided = result.weights._replace(up=result.weights.up / 50, down=result.weights.down * 50)
+    balanced = module._balanced(lopsided, States(shallow, shallow), result.deep_scale)
+
+    def predicted(weights: DistillerWeights) -> torch.Tensor:
+        groups = group_rows(torch.zeros(40, dtype=torch.int64), 1)
+        one = DistillerWeights(*(w[None] for w in weights))
+        return distiller_forward(shallow, groups, one, torch.tensor(result.deep_scale)).pred
+
+    torch.testing.assert_close(predicted(balanced), predicted(lopsided), atol=1e-4, rtol=1e-4)
+    # Balanced weights do not depend on how lopsided they came.
+    again = module._balanced(result.weights, States(shallow, shallow), result.deep_scale)
+    torch.testing.assert_close(again.up, balanced.up, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stop_at", ["generate", "fit"])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    model: tuple[Any, Any],
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    result: Calibration,
+    stop_at: str,
+) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY", 20)
+    saves = 0
+    save = module._save
+
+    def interrupting(saved: dict[str, Any], work: Path) -> None:
+        nonlocal saves
+        save(saved, work)
+        saves += 1
+        if saves == (1 if stop_at == "generate" else 4):  # 20 prompts are two saves; then one every 20 steps
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_save", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(*model, prompts, SMALL, tmp_path / "w", quiet())
+    monkeypatch.setattr(module, "_save", save)
+    resumed = calibrate(*model, prompts, SMALL, tmp_path / "w", quiet())
+    for a, b in zip(resumed.weights, result.weights, strict=True):
+        assert a.equal(b)
+    assert (resumed.before, resumed.after) == (result.before, result.after)
+    with pytest.raises(ArgumentError, match="other settings or prompts"):
+        calibrate(*model, prompts[1:], SMALL, tmp_path / "w", quiet())
+
+
+def test_the_bank_starts_from_the_file(result: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    save_start(path, result, "countdown")
+    config = DistillerConfig(rank=8, start=str(path))
+    bank = DistillerBank(128, config, 3, "error", CPU)
+    bank.acquire(["a"], retain=False)
+    slot = bank.leases["a"].slot
+    bank.reset(slot, 1)
+    for pool, fitted in zip(bank.state.weights, result.weights, strict=True):
+        torch.testing.assert_close(pool[slot], fitted, atol=0, rtol=0)
+    half = start_weights(128, DistillerConfig(rank=8, start=str(path), weight_dtype=torch.bfloat16), CPU)
+    assert half.up.dtype == half.down.dtype == half.gate.dtype == torch.bfloat16
+    assert half.gate_bias.dtype == torch.float32
+    with pytest.raises(ArgumentError, match="H=128 and rank=16, got \\(128, 8\\)"):
+        start_weights(128, DistillerConfig(rank=16, start=str(path)), CPU)
+    with pytest.raises(ArgumentError, match="H=64"):
+        start_weights(64, config, CPU)
+
+
+def test_other_files_are_no_start(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="start cannot be read"):
+        start_weights(8, DistillerConfig(start=str(tmp_path / "none")), CPU)
+    with pytest.raises(ArgumentError, match="written by `esamp calibrate`"):
+        start_weights(128, DistillerConfig(start=str(countdown.PATH / "model.safetensors")), CPU)
+    with pytest.raises(ArgumentError, match='with target "deep"'):
+        DistillerConfig(start="x", target="choice")
+
+
+def test_the_shipped_start_is_better_than_the_plain_one(model: tuple[Any, Any]) -> None:
+    """On held-out problems: before any lesson, and learning on from there at its rate."""
+    from bench.quality_tasks import CountdownTask, Source
+    from bench.replay import Recipe, record, replay
+
+    recording = record(Source("countdown", *model), CountdownTask(), 6, 8, seed=3)
+    plain = replay(recording, Recipe("plain", DistillerConfig()))
+    frozen = replay(recording, Recipe("frozen", DistillerConfig(start=str(countdown.DISTILLER), lr=0.0)))
+    learning = replay(recording, Recipe("learning", DistillerConfig(start=str(countdown.DISTILLER), lr=0.03)))
+    assert frozen.mean() < 0.7 * plain.mean()
+    assert learning.mean() < frozen.mean()
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank", 0), ("held_out", 1.0), ("rate", 0.0), ("steps", True)])
+def test_calibration_config_is_checked_at_birth(field: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=field):
+        CalibrationConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_one_prompt_is_too_few(model: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="at least two"):
+        calibrate(*model, ["3 7 3 5 -> 41 :"], SMALL, tmp_path / "w", quiet())
