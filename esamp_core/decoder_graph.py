@@ -45,7 +45,8 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Of high priority: the learner's second stream has the lowest, so that learning gives way to the model.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
 
     def rehearse(self, step: Callable[[], None]) -> str | None:

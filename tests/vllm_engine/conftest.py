@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -55,15 +56,16 @@ def plain(checkpoint: str) -> Any:
     """vLLM's own engine: its own model class, no processor."""
     from engines import make_llm
     from vllm import ModelRegistry
+    from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
     from vllm.plugins import load_general_plugins
 
     from esamp_core.bindings import vllm_models
 
     load_general_plugins()
-    ours = dict(ModelRegistry.models)
-    ModelRegistry.models.update(vllm_models._bases)
-    llm = make_llm(checkpoint)
-    ModelRegistry.models.update(ours)
+    # vLLM remembers a checkpoint's class within a process: another engine's must not be found, nor this one's later.
+    own, forgotten = patch.dict(ModelRegistry.models, vllm_models._bases), patch.dict(_MODEL_ARCH_BY_HASH, clear=True)
+    with own, forgotten:
+        llm = make_llm(checkpoint)
     assert llm.apply_model(lambda model: type(model).__module__.split(".")[0]) == ["vllm"]
     return llm
 
