@@ -20,7 +20,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -108,10 +108,8 @@ class Exploration:
         self._parts = find_parts(model, shallow_layer)
         self._base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
         self._params, self._groups = params, groups
-        config = config or DistillerConfig()
-        if config.deep_scale is None and config.target == "deep":
-            config = replace(config, deep_scale=self._parts.deep_scale)
-        self._config, self._filter_order, self._max_candidates = config, filter_order, max_candidates
+        self._config = self._parts.complete(config)
+        self._filter_order, self._max_candidates = filter_order, max_candidates
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest ``generate``."""

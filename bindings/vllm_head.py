@@ -15,7 +15,7 @@ from esamp_core.config import FilterOrder
 from esamp_core.errors import UnsupportedModelError
 from esamp_core.explorer import Explorer
 from esamp_core.structures import Draw, Head, RowParams
-from esamp_core.taps import HEAD_TOLERANCE
+from esamp_core.taps import HEAD_TOLERANCE, norm_rms
 
 
 class ShardedExplorer(Explorer):
@@ -135,7 +135,4 @@ def _norm_scale(model: Any, head: Head) -> float | None:
     weight = getattr(norm, "weight", None)
     if norm is None or not isinstance(weight, Tensor) or tuple(weight.shape) != (head.hidden_size,):
         return None
-    signs = torch.ones(1, head.hidden_size, dtype=weight.dtype, device=weight.device)
-    signs[:, ::2] = -1
-    rms = float(norm(signs).float().square().mean().sqrt())
-    return rms if 0 < rms < float("inf") else None
+    return norm_rms(norm)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,10 +129,7 @@ class Decoder:
         self.model, self.tokenizer = model, tokenizer
         self.parts: ModelParts = find_parts(model, shallow_layer)
         self.filter_order, self.max_candidates = filter_order, max_candidates
-        config = config or DistillerConfig()
-        if config.deep_scale is None and config.target == "deep":
-            config = replace(config, deep_scale=self.parts.deep_scale)
-        self.config = config
+        self.config = self.parts.complete(config)
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold

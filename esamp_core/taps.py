@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esamp_core.config import is_int
+from esamp_core.config import DistillerConfig, is_int
 from esamp_core.errors import ArgumentError, UnsupportedModelError
 from esamp_core.ops import transform_scores
 from esamp_core.structures import Head
@@ -52,6 +52,13 @@ class ModelParts:
     @property
     def hidden_size(self) -> int:
         return self.head.hidden_size
+
+    def complete(self, config: DistillerConfig | None) -> DistillerConfig:
+        """The Distillers' config, with the model's ``deep_scale`` where it has none."""
+        config = config or DistillerConfig()
+        if config.deep_scale is None and config.target == "deep":
+            config = replace(config, deep_scale=self.deep_scale)
+        return config
 
 
 def find_parts(model: nn.Module, shallow_layer: int = 0) -> ModelParts:
@@ -176,9 +183,15 @@ def _norm_scale(decoder: nn.Module, hidden: int, config: Any) -> float | None:
             norm = child
     if norm is None:
         return None
+    return norm_rms(norm)
+
+
+@torch.no_grad()
+def norm_rms(norm: nn.Module) -> float | None:
+    """rms of what a norm with a weight [H] puts out for an input of rms 1; None if that is no scale."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    signs = torch.ones(1, 1, hidden, dtype=weight.dtype, device=weight.device)
+    signs = torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
     signs[..., ::2] = -1
     rms = float(norm(signs).float().square().mean().sqrt())
     return rms if 0 < rms < float("inf") else None
