@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +27,13 @@ from bench.measure import median, median_ratio, spread
 from bench.results import output_folder, report, save
 from bench.timeline import breakdown, record
 from esamp_core.decoder import Decoder
+from esamp_core.decoder_graph import GraphMode
 from esamp_core.sample import SamplingParams
 
 PROMPT_TOKENS = 64
 PARAMS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 END_CHANCE = 1 / 512
+GRAPH: GraphMode = "auto"  # of the decoder; a result file says it
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,6 @@ class Variants:
         self.stops = stop_tokens(case.model.vocab, END_CHANCE)
         self.compiled = device == "cuda" and case.profiled
         self.decoder = Decoder(model)
-        # The decoder captures its step in a CUDA graph where it can; named here so that a run says what it ran.
-        self.graph = {"graph": "auto"} if "graph" in inspect.signature(self.decoder.generate).parameters else {}
 
     def explored(self, seed: int, beta: float, new_tokens: int | None = None) -> tuple[list[int], int]:
         rows = self.case.prompts * self.case.samples
@@ -169,7 +168,7 @@ class Variants:
             stop_token_ids=self.stops,
             cache="static",
             max_batch_rows=rows,
-            **self.graph,  # type: ignore[arg-type]
+            graph=GRAPH,
         )
         explorer = self.decoder.explorer
         assert explorer is not None
@@ -229,7 +228,7 @@ def measure_case(case: DecodeCase, model: Any, device: str, rounds: int) -> list
     for name, done in runs.items():
         row: dict[str, Any] = {"name": f"{case.name}: {name}", "case": case.name, "op": name}
         row |= {"model": case.model.name, "prompts": case.prompts, "samples": case.samples}
-        row |= {"R": case.prompts * case.samples, "graph": variants.graph.get("graph", "none")}
+        row |= {"R": case.prompts * case.samples, "graph": GRAPH}
         row |= {"milliseconds": round(median(steps[name]) * 1e3, 4), "spread": round(spread(steps[name]), 4)}
         row |= {"tokens_per_s": round(median([run.tokens / run.seconds for run in done]), 1)}
         lengths = sorted(n for run in done for n in run.lengths)

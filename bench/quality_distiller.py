@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.quality_decode import Setting
 from esamp_core.distiller import start_weights
-from esamp_core.reference_distiller import LAYER_NORM_EPS, RMS_FLOOR, learning_rates
+from esamp_core.reference_distiller import LAYER_NORM_EPS, RMS_FLOOR, learning_rates, token_targets
 from esamp_core.sample import DistillerConfig, DistillerWeights
 
 
@@ -143,9 +143,9 @@ class ChoiceMemory:
 
     def __init__(self, setting: Setting, gamma: float, config: DistillerConfig) -> None:
         head = setting.source.parts.head.centred()
-        assert head.center is not None and head.clip is not None and config.target == "choice"
+        assert head.clip is not None and config.target == "choice"
         self._gamma, self._clip = gamma, head.clip
-        self._embedding = (head.weight.float() - head.center) * head.scale
+        self._embedding = token_targets(head, torch.arange(head.vocab_size))
         hidden = self._embedding.shape[1]
         self._distillers = DenseDistillers(setting.groups, hidden, config, hidden**-0.5)
         self.losses: list[float] = []

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.quality_decode import Setting
+from esamp_core.reference_distiller import token_targets
 from esamp_core.sample import Head
 
 KEY_SEED = 7  # of the random projection of keys: the same for all groups and runs
@@ -87,9 +88,9 @@ class RidgeMemory:
 
     def __init__(self, setting: Setting, gamma: float, lam: float = 0.1, width: int = 64) -> None:
         head: Head = setting.source.parts.head.centred()
-        assert head.center is not None and head.clip is not None
+        assert head.clip is not None
         self._gamma, self._clip, self._width = gamma, head.clip, width
-        self.embedding = (head.weight.float() - head.center) * head.scale
+        self.embedding = token_targets(head, torch.arange(head.vocab_size))
         groups, hidden = setting.groups, self.embedding.shape[1]
         self._gram = torch.eye(width + 1).mul(lam).repeat(groups, 1, 1)
         self._cross = torch.zeros(groups, width + 1, hidden)

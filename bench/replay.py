@@ -26,6 +26,7 @@ from bench.quality_memory import RidgeMemory
 from bench.quality_table import grid, write_between
 from bench.quality_tasks import Source, Task, disjoint_problems, load_source, load_task
 from bench.samplers import Filter, Plain, PlainRun
+from esamp_core.reference_distiller import token_targets
 from esamp_core.sample import DistillerConfig
 
 WINDOWS = ((0, 1), (1, 9), (9, 25), (25, 52))  # steps over which the error is averaged: from, to
@@ -105,10 +106,7 @@ def replay(recording: Recording, recipe: Recipe) -> Tensor:
     setting, config = recording.setting, recipe.config
     parts = setting.source.parts
     if config.target == "choice":
-        head = parts.head.centred()
-        assert head.center is not None
-        scale, embedding = parts.hidden_size**-0.5, (head.weight.float() - head.center) * head.scale
-        targets = embedding[recording.tokens]
+        scale, targets = parts.hidden_size**-0.5, token_targets(parts.head.centred(), recording.tokens)
     else:
         assert parts.deep_scale is not None
         scale, targets = parts.deep_scale, recording.deep

@@ -205,20 +205,13 @@ class Explored:
         return ExploredRun(self, setting)
 
 
-def with_scale(config: DistillerConfig, setting: Setting) -> DistillerConfig:
-    """As the library's decoder does: the scale that the model's final norm states."""
-    if config.target == "choice" or config.deep_scale is not None:
-        return config
-    return replace(config, deep_scale=setting.source.parts.deep_scale)
-
-
 class ExploredRun:
     def __init__(self, sampler: Explored, setting: Setting) -> None:
         parts, n = setting.source.parts, setting.siblings
         self._explorer = Explorer(
             parts.head,
             parts.hidden_size,
-            with_scale(sampler.config, setting),
+            parts.complete(sampler.config),
             max_groups=setting.groups,
             max_rows=setting.groups * n,
         )

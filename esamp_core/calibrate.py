@@ -23,7 +23,7 @@ from esamp_core.config import DistillerConfig, SamplingParams, is_int, is_real, 
 from esamp_core.decoder import Decoder
 from esamp_core.distiller import START_FORMAT, start_weights
 from esamp_core.errors import ArgumentError
-from esamp_core.reference_distiller import INIT_STD, distiller_forward, group_rows
+from esamp_core.reference_distiller import distiller_forward, feature_size, group_rows
 from esamp_core.structures import Activations, DistillerWeights
 from esamp_core.taps import ModelParts
 
@@ -276,7 +276,7 @@ def _balanced(weights: DistillerWeights, train: States, scale: float) -> Distill
     silu = torch.nn.functional.silu(saved.gate)
     features = float((saved.up * silu).square().sum(-1).mean())
     rank, hidden = weights.down.shape
-    through_b = features / (rank * hidden * (INIT_STD * 0.7311) ** 2)
+    through_b = features / feature_size(rank, hidden)
     through_a = float(torch.linalg.matrix_norm(silu.square().mean(0).sqrt()[:, None] * weights.down, 2)) ** 2
     factor = (through_a / through_b) ** 0.25
     return weights._replace(up=weights.up * factor, down=weights.down / factor)

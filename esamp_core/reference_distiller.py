@@ -88,18 +88,22 @@ def distiller_forward(
     return saved
 
 
+def feature_size(rank: int, hidden_size: int) -> float:
+    """|h|^2 of the r gated features at the start weights, about r H (0.02 silu(1))^2."""
+    return rank * hidden_size * (INIT_STD * 0.7311) ** 2
+
+
 def learning_rates(config: DistillerConfig, hidden_size: int) -> DistillerWeights:
     """The rate of each tensor (numbers, not tensors): lr over the squared size of what the tensor multiplies.
 
-    |x|^2 is H; the r gated features, at the start weights, have |h|^2 of about r H (0.02 silu(1))^2.  So one step moves
-    the prediction by about lr times its error, whatever H and r are.  w and c multiply numbers of size 1; they learn
+    |x|^2 is H, that of the gated features is :func:`feature_size`.  So one step moves the prediction by about lr times
+    its error, whatever H and r are.  w and c multiply numbers of size 1; they learn
     10 and 3 times slower, or they would follow the few rows of the moment before A, G and B can tell rows apart.
     """
-    features = config.rank * hidden_size * (INIT_STD * 0.7311) ** 2
     return DistillerWeights(
         up=config.lr / hidden_size,  # type: ignore[arg-type]
         gate=config.lr / hidden_size,  # type: ignore[arg-type]
-        down=config.lr / features,  # type: ignore[arg-type]
+        down=config.lr / feature_size(config.rank, hidden_size),  # type: ignore[arg-type]
         gate_bias=config.lr / config.rank,  # type: ignore[arg-type]
         norm_weight=config.lr / 10,  # type: ignore[arg-type]
         norm_bias=config.lr / 3,  # type: ignore[arg-type]
