@@ -1,4 +1,4 @@
-"""The samplers of each study, with their settings.  The main table's plan is written down in docs/quality.md."""
+"""The samplers of each study, with their settings.  The plans are written down in docs/quality.md."""
 
 from __future__ import annotations
 
@@ -94,6 +94,18 @@ def main(own_start: bool = True) -> list[Sampler]:
     ]
 
 
+def hard(own_start: bool = True) -> list[Sampler]:
+    """The tables of hard problems: the baselines, ESamp with its controls, and the sibling options."""
+    names = (
+        *("vanilla", "min-p .05", "T 1.2, min-p", "control: sharpened x 1.25"),
+        *("control: untrained Distiller", "control: random direction", "ESamp 0.25", "ESamp 0.25, calibrated"),
+        *("arithmetic", "choice 2", "choice 2, arithmetic", "ridge 2, 4 rounds"),
+        *("kernel 2, window 1024, 4 rounds", "kernel 2, window 1024, 4 rounds, arithmetic"),
+    )
+    known = by_name(main(own_start))
+    return [known[name] for name in names if name in known]
+
+
 def tune() -> list[Sampler]:
     """Settings that the main table must choose; on the tuning pool only."""
     samplers: list[Sampler] = [Plain("vanilla", Filter()), Plain("min-p .05", BASE)]
@@ -132,5 +144,12 @@ def hot(temperature: float) -> Filter:
 
 def studies() -> dict[str, dict[str, Sampler]]:
     """By name; within a study by the sampler's name."""
-    lists = {"main": main(), "other-model": main(own_start=False), "tune": tune(), "quick": quick()}
+    lists = {
+        "main": main(),
+        "other-model": main(own_start=False),
+        "hard": hard(),
+        "hard-other-model": hard(own_start=False),
+        "tune": tune(),
+        "quick": quick(),
+    }
     return {name: by_name(samplers) for name, samplers in lists.items()}

@@ -1,7 +1,8 @@
 """What a quality study samples: a model and a task whose answers a program can check.
 
 A task is a module (``--task package.module``) or any object with the four names of :class:`Task`; the embedded
-Countdown task is the default.  Tuning and reporting use different pools, which a task must keep disjoint.
+Countdown task is the default, and ``countdown-hard`` its problems with few solutions.  Tuning and reporting use
+different pools, which a task must keep disjoint.
 """
 
 from __future__ import annotations
@@ -66,10 +67,25 @@ class CountdownTask:
         return countdown.check(problem, answer)
 
 
+class HardCountdownTask(CountdownTask):
+    """Problems with few solutions, none of them among the first of the plain task: room above Pass@32."""
+
+    max_solutions = 3
+    skipped = 200  # what the main table reports
+
+    def problems(self, pool: Pool, count: int) -> Sequence[countdown.Problem]:
+        reported = {p.canonical for p in countdown.held_out_problems(pool, self.skipped)}
+        hard = countdown.held_out_problems(pool, count + self.skipped, max_solutions=self.max_solutions)
+        return [p for p in hard if p.canonical not in reported][:count]
+
+
+TASKS: dict[str, type[Task]] = {"countdown": CountdownTask, "countdown-hard": HardCountdownTask}
+
+
 def load_task(name: str) -> Task:
-    """``"countdown"``, or a module with Task's four names.  Raises ArgumentError."""
-    if name == "countdown":
-        return CountdownTask()
+    """A name of ``TASKS``, or a module with Task's four names.  Raises ArgumentError."""
+    if name in TASKS:
+        return TASKS[name]()
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -15,7 +15,7 @@ import pytest
 from bench.passk import KS, Unit, mean_ragged, run_study, run_unit, units
 from bench.quality_plan import main, studies
 from bench.quality_table import SamplerResults, difference, load_results, markdown, write_between, write_run_json
-from bench.quality_tasks import CountdownTask, Source, disjoint_problems, load_source, load_task
+from bench.quality_tasks import CountdownTask, HardCountdownTask, Source, disjoint_problems, load_source, load_task
 from esamp_core import countdown
 from esamp_core.errors import ArgumentError
 from esamp_core.report import RunFile
@@ -56,6 +56,14 @@ class _Overlapping:
 
     def check(self, problem: int, answer: str) -> Any:
         raise AssertionError
+
+
+def test_hard_problems_have_few_solutions_and_are_not_those_of_the_main_table() -> None:
+    task = HardCountdownTask()
+    plain = {p.canonical for p in CountdownTask().problems("report", task.skipped)}
+    hard = disjoint_problems(task, "report", 40)
+    assert len(hard) == 40 and all(1 <= len(countdown.solutions(p)) <= 3 and p.canonical not in plain for p in hard)
+    assert hard[:10] == disjoint_problems(task, "report", 10)
 
 
 def test_overlapping_pools_are_refused() -> None:
