@@ -62,13 +62,14 @@ def measure(shape: Shape, rows: int, rounds: int) -> list[dict[str, Any]]:
             params = SamplingParams(temperature=TEMPERATURE, **setting)  # type: ignore[arg-type]
             columns = RowParams.of(params, rows, "cpu")
             vanilla = columns._replace(beta=torch.zeros(rows))
+            whole = [
+                functools.partial(explore, i.logits, columns, i.seed, i.position, direction=i.direction, head=i.head)
+                for i in inputs
+            ]
+            codes = torch.linspace(0, 0.999, rows, dtype=torch.float64)
             variants = {
-                "explore": [
-                    functools.partial(
-                        explore, i.logits, columns, i.seed, i.position, direction=i.direction, head=i.head
-                    )
-                    for i in inputs
-                ],
+                "explore": whole,
+                "explore, stratified": [functools.partial(step, codes=codes) for step in whole],
                 "vanilla": [functools.partial(explore, i.logits, vanilla, i.seed, i.position) for i in inputs],
                 "transformers": [functools.partial(warped_draw, i.logits, setting) for i in inputs],
             }

@@ -72,12 +72,14 @@ def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]]
         weigh = functools.partial(reweight, found, projection, given.params)
         new = weigh()
         options: dict[str, Any] = {"direction": given.direction, "head": given.head, "max_candidates": width}
+        codes = torch.linspace(0, 0.999, rows, dtype=torch.float64, device=device)
         for name, call in {
             "select_candidates": select,
             "score_candidates": score,
             "reweight": weigh,
             "draw": functools.partial(draw, found, new, given.logits, given.params, given.seed, given.position),
             "explore": functools.partial(explore, *given[:4], **options),
+            "explore, stratified": functools.partial(explore, *given[:4], codes=codes, **options),
             "vanilla": functools.partial(explore, *given[:4], max_candidates=width),
         }.items():
             calls.setdefault(name, []).append(call)
@@ -91,6 +93,7 @@ def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]]
         "reweight": rows * width * 24,
         "draw": scan + listing + rows * width * 8,  # the scan is for base_logprob
         "explore": scan + heads + rows * 4 * hidden,
+        "explore, stratified": scan + heads + rows * 4 * hidden,
         "vanilla": scan,
     }
     return calls, {name: (float(size), 2.0 * gathered * hidden * (size > heads)) for name, size in moved.items()}

@@ -22,11 +22,16 @@ from transformers import (
 
 from bench.quality_decode import Pick, Run, Sampler, Setting, Step
 from bench.quality_memory import Memory
-from esamp_core.philox import gumbel, row_seeds, token_bits, vocabulary_bits
+from esamp_core.philox import (
+    CODE_BELOW,
+    CODE_BITS,
+    code_uniform,
+    gumbel,
+    row_seeds,
+    stratified_codes,
+    vocabulary_bits,
+)
 from esamp_core.sample import DistillerConfig, Explorer, SamplingParams
-
-CODE_BITS = 53  # of an arithmetic code: a float64 below 1
-
 
 # ---------------------------------------------------------------------------------------------- filters
 
@@ -85,26 +90,13 @@ class GumbelDraw:
 
 
 class ArithmeticDraw(GumbelDraw):
-    """Stratified siblings (arithmetic sampling, Vilnis et al. 2023, arXiv 2210.15458).
-
-    Sibling i of n holds a code u_i = frac(i / n + U), U uniform and shared, so each u_i is uniform by itself.  A token
-    is the inverse CDF of u, by token id; then u becomes its place within the token's interval, and the bits that this
-    used up are refilled.  So every sample keeps its own distribution, and of the n siblings floor(n p) or ceil(n p)
-    draw a prefix of probability p.
-    """
+    """Stratified siblings: the library's ``SamplingParams(stratified=True)`` over the whole vocabulary at once."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         n, index = setting.siblings, torch.arange(setting.siblings).repeat(setting.groups)
-        # Position -1 of the request seed itself, which no row draws with.
-        common = self._uniform(setting.request_seeds, -1).repeat_interleave(n)
-        self._code = (index / n + common) % 1.0
-
-    @staticmethod
-    def _uniform(seeds: Tensor, position: int) -> Tensor:
-        """float64 in [0, 1) of 53 bits."""
-        words = token_bits(seeds, torch.full_like(seeds, position), torch.tensor([[0, 1]]).expand(len(seeds), 2))
-        return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() * 2.0**-CODE_BITS
+        first = self.seeds[::n].repeat_interleave(n)
+        self._code = stratified_codes(first, index, torch.full_like(index, n))
 
     def __call__(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
         chances = scores.double().softmax(-1)
@@ -115,8 +107,8 @@ class ArithmeticDraw(GumbelDraw):
         token = torch.minimum(token, last)  # rounding must not lead beyond the last token that can be drawn
         chance = chances.gather(-1, token)
         inside = (code - (upper.gather(-1, token) - chance)) / chance
-        refill = self._uniform(self.seeds[row], position)[:, None] * 2.0**-CODE_BITS / chance
-        self._code[row] = (inside + refill).clamp(0.0, 1 - 2.0**-CODE_BITS)[:, 0]
+        refill = code_uniform(self.seeds[row], torch.full_like(row, position))[:, None] * 2.0**-CODE_BITS / chance
+        self._code[row] = (inside + refill).clamp(0.0, CODE_BELOW)[:, 0]
         return token[:, 0]
 
 

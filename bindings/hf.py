@@ -237,6 +237,7 @@ class Exploration:
             [None if p.beta == 0 else g for g, p in zip(groups, params, strict=True)],
             params,
             sample_index=[next(counters[group]) for group in groups],
+            sets=groups,
         )
         rows.active.logical_and_(~skips)
         self.explorer = explorer

@@ -33,6 +33,7 @@ class ShardedExplorer(Explorer):
         seed: Tensor,
         position: Tensor,
         *,
+        codes: Tensor | None,
         direction: Tensor | None,
         head: Head | None,
         model_logits: Tensor | None,
@@ -54,7 +55,7 @@ class ShardedExplorer(Explorer):
             projection = ops.transform_scores(tensor_model_parallel_all_reduce(dots), head)
         original = None if model_logits is None else model_logits.gather(-1, candidates.token_ids.clamp_min(0))
         reweighted = ops.reweight(candidates, projection, params, model_logits=original, model_weight=model_weight)
-        return ops.draw(candidates, reweighted, logits, params, seed, position, model_logits=model_logits)
+        return ops.draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
 
 
 @torch.inference_mode(False)

@@ -70,6 +70,16 @@ def check_row_integers(name: str, value: Tensor | int, rows: int, device: torch.
     return value.long()
 
 
+def check_codes(codes: Tensor | None, params: Params, rows: int, device: torch.device) -> None:
+    if codes is not None:
+        check_tensor("codes", codes, (rows,), device)
+        require(codes.dtype == torch.float64 and codes.is_contiguous(), "codes", "be contiguous float64", codes.dtype)
+        return
+    given = params if isinstance(params, Sequence) else [params]
+    if any(isinstance(p, SamplingParams) and p.stratified for p in given):
+        raise ArgumentError("codes must be given for stratified params (philox.stratified_codes makes them), got None")
+
+
 def check_options(filter_order: str, max_candidates: int) -> None:
     require(filter_order in FILTER_ORDERS, "filter_order", f"be one of {FILTER_ORDERS}", filter_order)
     ok = is_int(max_candidates) and 1 <= max_candidates <= 1024

@@ -66,6 +66,9 @@ def generate(
     min_p: MinP = 0.05,
     beta: Beta = 0.25,
     seed: Annotated[int | None, typer.Option(help="Prompt i uses seed + i; default: fresh seeds.")] = None,
+    stratified: Annotated[
+        bool, typer.Option("--stratified", help="The n samples divide every distribution evenly among them.")
+    ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End a text before this string; may be repeated.")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="Most rows at once; default 128, or n.")] = None,
     cache: Annotated[str, typer.Option(help="dynamic, or static: waves, and on CUDA one graph per step.")] = "dynamic",
@@ -76,7 +79,7 @@ def generate(
     """Sample every prompt n times and write one JSON object per sample."""
     from esamp_core.generate import run_generate
 
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, beta=beta, seed=seed)
+    params = SamplingParams(temperature, top_k, top_p, min_p, beta, seed, stratified)
     run_generate(
         prompts=prompts or [],
         prompts_file=prompts_file,

@@ -43,6 +43,9 @@ class SamplingParams:
     beta: strength of exploration, ``new = logit + beta * novelty``; 0 is exactly vanilla sampling. Default 0.25
         (the paper's best on AIME25). With ``DistillerConfig(target="choice")`` it is that rule's gamma.
     seed: request seed, any 64-bit integer; None (default) draws a fresh one whenever rows are opened.
+    stratified: siblings opened together divide every distribution evenly among them (arithmetic sampling, Vilnis et
+        al. 2023, arXiv 2210.15458): a beginning of probability p is drawn floor(n p) or ceil(n p) times by n siblings
+        of equal parameters. Each sample alone keeps its distribution. Default False: independent draws.
     """
 
     temperature: float = 1.0
@@ -51,6 +54,7 @@ class SamplingParams:
     min_p: float = 0.0
     beta: float = 0.25
     seed: int | None = None
+    stratified: bool = False
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -62,6 +66,7 @@ class SamplingParams:
         require(is_real(self.beta) and abs(self.beta) <= LARGEST, "beta", f"be a number in +-{LARGEST:g}", self.beta)
         ok_seed = self.seed is None or (is_int(self.seed) and -(2**63) <= self.seed < 2**64)
         require(ok_seed, "seed", "be None or a 64-bit integer", self.seed)
+        require(isinstance(self.stratified, bool), "stratified", "be True or False", self.stratified)
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ class DistillerConfig:
     """The Distiller and its learning rule (see ``reference.distiller_step_`` for the formulas).
 
     rank: r, width of the gated bottleneck. Default 64.
-    lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default 0.3: of
-        {0.03, 0.1, 0.2, 0.3, 0.5, 1} the lowest error at steps 26-52 on recorded states of the embedded model
-        (``bench/replay.py``; docs/quality.md has the table).
+    lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default (None)
+        0.3, and 0.03 with ``start``: of nine rates the lowest error at steps 26-52 on recorded states of the embedded
+        model; what calibration found, 0.3 destroys (``bench/replay.py``; docs/quality.md has the table).
     momentum: 0 (default) is plain SGD; above 0 costs one more buffer of the size of the weights, in float32.
     clip: bound on the rms over H of a row's error gradient, in units of the deep state's scale. Default 1.
     target: "deep" learns the deep hidden state (the paper); "choice" learns which tokens siblings draw.
@@ -80,11 +85,11 @@ class DistillerConfig:
     deep_scale: s, the rms of the deep hidden state; None (default) measures it on the first learned batch.
     patience: warn when a group's loss has not fallen after this many updates. Default 256.
     start: file of start weights for this model and rank, written by ``esamp calibrate``; None (default) starts every
-        group at the identity path. Only with target "deep". It wants a tenth of the default lr (docs/quality.md).
+        group at the identity path. Only with target "deep".
     """
 
     rank: int = 64
-    lr: float = 0.3
+    lr: float = None  # type: ignore[assignment]  # a number once born
     momentum: float = 0.0
     clip: float = 1.0
     target: Literal["deep", "choice"] = "deep"
@@ -95,6 +100,8 @@ class DistillerConfig:
     start: str | None = None
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", 0.3 if self.start is None else 0.03)
         require(is_int(self.rank) and 1 <= self.rank <= 1024, "rank", "be an integer in 1..1024", self.rank)
         require(is_real(self.lr) and self.lr >= 0, "lr", "be a finite number >= 0 (0 freezes)", self.lr)
         require(is_real(self.momentum) and 0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum)

@@ -156,6 +156,7 @@ class Run:
             [self._group(sample) for sample in samples],
             [sample.prompt.params for sample in samples],
             sample_index=[sample.index for sample in samples],
+            sets=origin,
         )
         try:
             batch = Batch(

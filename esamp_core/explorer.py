@@ -17,7 +17,7 @@ from esamp_core.dispatch import backend_name
 from esamp_core.distiller import DistillerBank, GroupStats, OnFull
 from esamp_core.errors import ArgumentError, CapacityError, StateError
 from esamp_core.learner import Lane, Learner, default_lane
-from esamp_core.philox import as_int64, row_seeds
+from esamp_core.philox import as_int64, row_seeds, stratified_codes
 from esamp_core.rows import Row, Rows
 from esamp_core.structures import Draw, Head, RowParams
 
@@ -91,14 +91,17 @@ class Explorer:
         sample_index: Sequence[int] | None = None,
         position: int | Sequence[int] = 0,
         retain: bool = False,
+        sets: Sequence[Hashable | None] | None = None,
     ) -> Rows:
         """Start rows; siblings are the rows of one group.
 
         groups: a hashable per row; None is a row without a Distiller, sampled plainly.
         params: one :class:`SamplingParams` for all (default), or one per row.
         sample_index: a row's ordinal among its siblings, part of its seed; default counts on within the group.
-        position: tokens drawn so far, to resume a row; one number or one per row.
+        position: tokens drawn so far, to resume a row; one number or one per row.  Stratified rows begin at 0.
         retain: keep the group's Distiller when its last row ends, until it is evicted.
+        sets: a hashable per row: stratified rows of one set divide their distributions among them; None is a row by
+            itself.  Default the groups.
 
         Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
         """
@@ -110,6 +113,10 @@ class Explorer:
         for name, values in (("sample_index", sample_index), ("position", positions)):
             if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
                 raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
+        if sets is not None:
+            require(len(sets) == count, "sets", f"have one entry per row ({count})", len(sets))
+        if any(p.stratified and at for p, at in zip(per_row, positions, strict=True)):
+            raise ArgumentError(f"position must be 0 for stratified rows: their codes are not kept, got {position!r}")
         if self._open_rows + count > self.max_rows:
             raise CapacityError(f"{count} more rows do not fit: {self._open_rows} of max_rows={self.max_rows} are open")
 
@@ -119,11 +126,13 @@ class Explorer:
         request = torch.tensor(seeds, dtype=torch.int64, device=self._device)
         index = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=self._device)
         grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
+        row_seed = row_seeds(request, index)
         return Rows(
             self,
             rows,
-            row_seeds(request, index),
+            row_seed,
             torch.tensor(positions, dtype=torch.int64, device=self._device),
+            self._codes(rows, groups if sets is None else sets, row_seed),
             torch.ones(count, dtype=torch.bool, device=self._device),
             columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
         )
@@ -150,7 +159,7 @@ class Explorer:
         for i, (group, p) in enumerate(zip(groups, params, strict=True)):
             if group is None:
                 given = plain_index if sample_index is None else sample_index[i]
-                rows.append(Row(None, -1, given, False))
+                rows.append(Row(None, -1, given, False, p.stratified))
                 plain_index += 1
                 continue
             lease = self._bank.leases[group]
@@ -160,8 +169,23 @@ class Explorer:
             lease.rows += 1
             given = lease.next_sample_index if sample_index is None else sample_index[i]
             lease.next_sample_index = max(lease.next_sample_index, given + 1)
-            rows.append(Row(group, lease.slot, given, p.beta != 0))
+            rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified))
         return rows
+
+    def _codes(self, rows: list[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
+        """Codes to begin with, float64 [R]; negative in rows that are not stratified."""
+        found: dict[Hashable, list[int]] = {}
+        for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
+            if row.stratified:
+                found.setdefault(i if name is None else (name,), []).append(i)
+        places = torch.tensor(
+            [(i, members[0], at, len(members)) for members in found.values() for at, i in enumerate(members)],
+            dtype=torch.int64,
+            device=self._device,
+        ).view(-1, 4)
+        row, first, ordinal, siblings = places.T
+        codes = torch.full((len(rows),), -1.0, dtype=torch.float64, device=self._device)
+        return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))
 
     def close(self, rows: Rows) -> None:
         """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
@@ -232,6 +256,7 @@ class Explorer:
             rows.params,
             rows.seeds,
             rows.positions,
+            codes=rows.codes if rows._stratified else None,
             direction=self._learner.prediction() if use else None,
             head=self._learner.head if use else None,
             model_logits=model_logits,

@@ -19,6 +19,7 @@ from esamp_core.checks import (
     check_activations,
     check_active,
     check_candidates,
+    check_codes,
     check_groups,
     check_head,
     check_logits,
@@ -142,6 +143,7 @@ def draw(
     seed: Tensor | int,
     position: Tensor | int,
     *,
+    codes: Tensor | None = None,
     model_logits: Tensor | None = None,
 ) -> Draw:
     """Draw one token per row from ``softmax(reweighted / temperature)`` over everything the filters kept.
@@ -151,6 +153,9 @@ def draw(
 
     candidates, reweighted: from the ops above.  logits: [R, V] as given to select_candidates.  seed: int64 [R], 64-bit
     row seeds that differ between siblings (``philox.row_seeds``).  position: int64 [R], tokens drawn so far.
+    codes: contiguous float64 [R] for stratified rows, from ``philox.stratified_codes``: a code in [0, 1) picks the
+    token by the inverse CDF in the order of token ids, all unlisted ones together last, and is replaced in place by
+    its place within that token's share; of unlisted tokens the noise picks.  Negative codes draw as without.
     model_logits: [R, V] the untouched logits, for base_logprob.  Default ``logits``.
 
     Returns :class:`Draw`.  Raises ArgumentError.
@@ -162,6 +167,7 @@ def draw(
     check_tensor("reweighted.logits", reweighted.logits, (rows, width), device)
     check_tensor("reweighted.novelty", reweighted.novelty, (rows, width), device)
     check_tensor("reweighted.status", reweighted.status, (rows,), device, "int")
+    check_codes(codes, params, rows, device)
     if model_logits is not None:
         check_logits(model_logits, "model_logits", logits)
     result: Draw = _backend(device).draw(
@@ -171,6 +177,7 @@ def draw(
         check_params(params, rows, device),
         check_row_integers("seed", seed, rows, device),
         check_row_integers("position", position, rows, device),
+        codes=codes,
         model_logits=model_logits,
     )
     return result
@@ -182,6 +189,7 @@ def explore(
     seed: Tensor | int,
     position: Tensor | int,
     *,
+    codes: Tensor | None = None,
     direction: Tensor | None = None,
     head: Head | None = None,
     model_logits: Tensor | None = None,
@@ -202,6 +210,7 @@ def explore(
     rows, vocab_size = logits.shape
     check_options(filter_order, max_candidates)
     check_active(active, rows, logits.device)
+    check_codes(codes, params, rows, logits.device)
     if model_logits is not None:
         check_logits(model_logits, "model_logits", logits)
     if (direction is None) != (head is None):
@@ -217,6 +226,7 @@ def explore(
         check_params(params, rows, logits.device),
         check_row_integers("seed", seed, rows, logits.device),
         check_row_integers("position", position, rows, logits.device),
+        codes=codes,
         direction=direction,
         head=head,
         model_logits=model_logits,

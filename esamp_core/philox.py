@@ -16,7 +16,9 @@ _MUL = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Second counter word: what the bits are for, so that no two uses share a stream.
-DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING = 0, 1, 2
+DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING, DOMAIN_CODE = 0, 1, 2, 3
+CODE_BITS = 53  # of an arithmetic code: what a float64 below 1 holds
+CODE_BELOW = 1 - 2.0**-CODE_BITS  # the largest code
 
 # Below this v, -log1p(-v) is summed as a series: 1 - v would lose v's last bits, and fast GPU logarithms have a
 # constant absolute error near 1.  Above it the float32 logarithm is good to 1e-5 relative.
@@ -82,3 +84,19 @@ def gumbel(bits: Tensor) -> Tensor:
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5)))))
     exponential = torch.where(v < SERIES_BELOW, series, -torch.log(1 - v))
     return -torch.log(exponential)
+
+
+def code_uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """float64 uniform numbers in [0, 1) of 53 bits, for row seeds and positions (int64, same shape)."""
+    zero = torch.zeros_like(position)
+    words = philox(zero, zero + DOMAIN_CODE, position & _MASK, (position >> 32) & _MASK, seed)
+    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-CODE_BITS
+
+
+def stratified_codes(seed: Tensor, ordinal: Tensor, siblings: Tensor) -> Tensor:
+    """Codes to begin with: ``frac(ordinal / siblings + U)``, so that n siblings have one in each n-th of [0, 1).
+
+    seed: int64 [R], the same for all rows of a set, which U is drawn with (at position -1, which no row draws at).
+    ordinal, siblings: int64 [R], a row's number within its set, and the size of the set.  Returns float64 [R].
+    """
+    return ((ordinal.double() / siblings + code_uniform(seed, torch.full_like(seed, -1))) % 1.0).clamp_max(CODE_BELOW)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.config import FilterOrder
-from esamp_core.philox import gumbel, token_bits, vocabulary_bits
+from esamp_core.philox import CODE_BELOW, CODE_BITS, code_uniform, gumbel, token_bits, vocabulary_bits
 from esamp_core.reference_candidates import (
     LAST_ID,
     NEG_INF,
@@ -156,8 +156,9 @@ class _Tail(NamedTuple):
         return mass.index_copy(0, self.rows, torch.logaddexp(mass[self.rows], self.mass))
 
 
-# From z [m, V] (-inf: not in the tail) and which rows [m] it is of: a number for each, and the token it belongs to.
-_Pick = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# From z [m, V] (-inf: not in the tail), its log mass [m] and which rows [m] it is of: a number for each, and the token
+# that it belongs to.
+_Pick = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _tail(candidates: Candidates, top: Tensor, logits: Tensor, params: RowParams, pick: _Pick) -> _Tail:
@@ -169,9 +170,10 @@ def _tail(candidates: Candidates, top: Tensor, logits: Tensor, params: RowParams
         x, _ = clean_logits(logits[rows])
         in_tail = _tail_mask(scale_logits(x, part_params), Candidates(*(f[rows] for f in candidates)))
         z = ((x - top[rows]) / filter_temperature(part_params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
-        perturbed, token = pick(z, rows)
+        mass = log_sum_exp(z)
+        perturbed, token = pick(z, mass, rows)
         token_z = z.gather(-1, token.clamp_min(0)[:, None])[:, 0].masked_fill(token < 0, NEG_INF)
-        parts.append(_Tail(rows, log_sum_exp(z), token, token_z, perturbed))
+        parts.append(_Tail(rows, mass, token, token_z, perturbed))
     return join_rows(parts)
 
 
@@ -188,6 +190,31 @@ def _best(perturbed: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     best = perturbed.max(-1).values
     tied = (perturbed == best[:, None]) & (token_ids >= 0)
     return best, torch.where(tied, token_ids, LAST_ID).min(-1).values
+
+
+def _by_code(
+    codes: Tensor, scored: Tensor, token_ids: Tensor, tail_mass: Tensor, refill: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The token [R] whose share of [0, 1), in the order of ids, holds the code; -1 is the tail, whose share is last.
+
+    Second, the code's place within that share, float64 [R]: its used-up bits are filled with ``refill`` [R].
+    """
+    top = scored.amax(-1, keepdim=True)
+    top = top.masked_fill(top == NEG_INF, 0.0).double()
+    weight = torch.exp(scored.double() - top)
+    rest = torch.exp(tail_mass.double() - top[:, 0])
+    ids, order = token_ids.masked_fill(weight == 0, LAST_ID).sort(-1)
+    weight = weight.gather(-1, order)
+    upper = weight.cumsum(-1)
+    total = upper[:, -1] + rest
+    aim = codes * total
+    last = (weight > 0).sum(-1) - 1  # rounding must not lead beyond the last token that can be drawn
+    place = torch.minimum((upper <= aim[:, None]).sum(-1), last).clamp_min(0)[:, None]
+    in_tail = (aim >= upper[:, -1]) & (rest > 0)
+    share = torch.where(in_tail, rest, weight.gather(-1, place)[:, 0])
+    below = torch.where(in_tail, upper[:, -1], upper.gather(-1, place)[:, 0] - share)
+    left = (aim - below) / share + refill * (2.0**-CODE_BITS * total / share)
+    return torch.where(in_tail, -1, ids.gather(-1, place)[:, 0]), left.clamp(0.0, CODE_BELOW)
 
 
 def _base_logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -209,20 +236,31 @@ def draw(
     seed: Tensor,
     position: Tensor,
     *,
+    codes: Tensor | None = None,
     model_logits: Tensor | None = None,
 ) -> Draw:
     ids, status = candidates.token_ids, reweighted.status
     support = _Support(candidates, reweighted.logits, params)
-    greedy = params.temperature == 0
+    drawn, greedy = candidates.count > 0, params.temperature == 0
     noise = gumbel(token_bits(seed, position, ids.clamp_min(0)))
     perturbed = torch.where(greedy[:, None], reweighted.logits, support.scored + noise)
     best, token = _best(perturbed.masked_fill(ids < 0, NEG_INF), ids)
+    if codes is not None:
+        coded, refill = (codes >= 0) & drawn & ~greedy, code_uniform(seed, position)
 
-    def best_of_tail(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def by_code(mass: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert codes is not None
+        return _by_code(codes[rows], support.scored[rows], ids[rows], mass, refill[rows])
+
+    def best_of_tail(z: Tensor, mass: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         bits = vocabulary_bits(seed[rows], position[rows], z.shape[1])
-        # Noise is at most -log(v), so a token with v > exp(z - best of the listed) is beaten whatever its noise.  That
-        # leaves a few; one is looked at in any case.
-        can_win = (bits * 2.0**-32 <= 1.001 * torch.exp(z - best[rows, None])).any(0)
+        to_beat = best[rows]
+        if codes is not None:  # the code has chosen between tail and list; within the tail the noise does
+            in_tail = by_code(mass, rows)[0] < 0
+            to_beat = torch.where(coded[rows], torch.where(in_tail, NEG_INF, torch.inf), to_beat)
+        # Noise is at most -log(v), so a token with v > exp(z - to_beat) is beaten whatever its noise.  That leaves a
+        # few; one is looked at in any case.
+        can_win = (bits * 2.0**-32 <= 1.001 * torch.exp(z - to_beat[:, None])).any(0)
         can_win[0] = True
         ids = can_win.nonzero()[:, 0]
         return _best(z[:, ids] + gumbel(bits[:, ids]), ids[None])
@@ -231,9 +269,14 @@ def draw(
     listed, listed_best = token[tail.rows], best[tail.rows]
     wins = (tail.perturbed > listed_best) | ((tail.perturbed == listed_best) & (tail.token < listed))
     wins &= ~greedy[tail.rows]
-    token = token.index_copy(0, tail.rows, torch.where(wins, tail.token, listed))
+    if codes is not None:
+        every = torch.arange(len(ids), device=ids.device)
+        picked, left = by_code(torch.full_like(best, NEG_INF).index_copy(0, tail.rows, tail.mass), every)
+        codes.copy_(torch.where(coded, left, codes))
+        token = torch.where(coded & (picked >= 0), picked, token)
+        wins = torch.where(coded[tail.rows], picked[tail.rows] < 0, wins)
+    token = token.index_copy(0, tail.rows, torch.where(wins, tail.token, token[tail.rows]))
 
-    drawn = candidates.count > 0
     token = torch.where(drawn, token, -1)
     scored = (ids == token[:, None]) & drawn[:, None]
     novelty = torch.where(scored, reweighted.novelty, 0.0).sum(-1)
@@ -261,6 +304,7 @@ def explore(
     seed: Tensor,
     position: Tensor,
     *,
+    codes: Tensor | None = None,
     direction: Tensor | None = None,
     head: Head | None = None,
     model_logits: Tensor | None = None,
@@ -282,7 +326,7 @@ def explore(
         original = None if model_logits is None else _gather(model_logits[rows], part.token_ids)
         explored = reweight(part, projection, params.take(rows), model_logits=original, model_weight=model_weight)
         reweighted = Reweighted(*(u.index_copy(0, rows, e) for u, e in zip(unexplored, explored, strict=True)))
-    return draw(candidates, reweighted, logits, params, seed, position, model_logits=model_logits)
+    return draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
 
 
 def _gather(table: Tensor, token_ids: Tensor) -> Tensor:
@@ -306,7 +350,7 @@ def replay(
     new = reweight(candidates, projection, params, model_logits=original, model_weight=model_weight)
     support = _Support(candidates, new.logits, params)
     known = token_ids.masked_fill(token_ids >= logits.shape[1], -1)
-    tail = _tail(candidates, support.top, logits, params, lambda z, rows: (z[:, 0], known[rows]))
+    tail = _tail(candidates, support.top, logits, params, lambda z, mass, rows: (z[:, 0], known[rows]))
     # A row without candidates has no mass: its -inf must be no -inf - -inf, in the gradient neither.
     mass = torch.where(candidates.count > 0, tail.add_mass(log_sum_exp(support.scored)), 0.0)
     z = support.z_of(token_ids, candidates)

@@ -26,22 +26,32 @@ class Row:
     slot: int
     sample_index: int
     explores: bool
+    stratified: bool
 
 
 class Rows:
-    """The open sequences of a batch, in its order.  Immutable but for ``active`` and ``positions``, device tensors.
+    """The open sequences of a batch, in its order.  Immutable but for ``active``, ``positions`` and ``codes``.
 
     Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
     """
 
     def __init__(
-        self, explorer: Explorer, rows: list[Row], seeds: Tensor, positions: Tensor, active: Tensor, params: RowParams
+        self,
+        explorer: Explorer,
+        rows: list[Row],
+        seeds: Tensor,
+        positions: Tensor,
+        codes: Tensor,
+        active: Tensor,
+        params: RowParams,
     ) -> None:
         self._explorer, self._rows, self._current = explorer, rows, True
         self.seeds = seeds
         """int64 [R], row seeds."""
         self.positions = positions
         """int64 [R], tokens drawn so far; advanced by ``sample``."""
+        self.codes = codes
+        """float64 [R], what is left of the stratified rows' codes, in [0, 1); negative in other rows."""
         self.active = active
         """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
         self.params = params
@@ -49,6 +59,7 @@ class Rows:
         rank = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=seeds.device)
         self._groups = ops.group_rows(slots, explorer._bank.max_groups, rank)
         self._explores = any(r.explores for r in rows)
+        self._stratified = any(r.stratified for r in rows)
         self._grouped = any(r.slot >= 0 for r in rows)
 
     def __len__(self) -> int:
@@ -84,6 +95,7 @@ class Rows:
             [self._rows[i] for i in indices],
             self.seeds[index],
             self.positions[index],
+            self.codes[index],
             self.active[index],
             self.params.take(index),
         )
@@ -101,6 +113,7 @@ class Rows:
             self._rows + other._rows,
             torch.cat([self.seeds, other.seeds]),
             torch.cat([self.positions, other.positions]),
+            torch.cat([self.codes, other.codes]),
             torch.cat([self.active, other.active]),
             RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
         )

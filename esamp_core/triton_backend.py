@@ -108,6 +108,7 @@ def draw(
     seed: Tensor,
     position: Tensor,
     *,
+    codes: Tensor | None = None,
     model_logits: Tensor | None = None,
 ) -> Draw:
     _check_device(logits)
@@ -129,6 +130,7 @@ def draw(
         beta,
         seed.contiguous(),
         position.contiguous(),
+        codes,
     )
     return Draw(token, logprob, base_logprob, token_novelty, kl, count, status)
 
@@ -139,6 +141,7 @@ def explore(
     seed: Tensor,
     position: Tensor,
     *,
+    codes: Tensor | None = None,
     direction: Tensor | None = None,
     head: Head | None = None,
     model_logits: Tensor | None = None,
@@ -154,6 +157,7 @@ def explore(
             *_flat(params),
             seed.contiguous(),
             position.contiguous(),
+            codes,
             None if active is None else active.contiguous(),
             None if model_logits is None else _rows(model_logits),
             None if direction is None else direction.detach(),

@@ -7,6 +7,8 @@ are reweighted here first (`explore`); without one their new logits are read (`d
     kl            of that distribution from the one before reweighting
     base_logprob  raw logit[token] - log sum exp of the raw logits (whole vocabulary, temperature 1)
 
+A row with a code (>= 0) draws by it instead: the token whose share of [0, 1) holds it, shares in the order of token ids
+and the tail's last; in the tail the noise picks. What remains is the code's place within that share.
 Temperature 0 is the argmax of the new logits.  Of equals the lowest id wins.  Moves a few KB per row.
 """
 
@@ -14,21 +16,46 @@ import torch
 import triton
 import triton.language as tl
 
-from esamp_core.kernels.philox import gumbel, token_bits
+from esamp_core.kernels.philox import code_uniform, gumbel, token_bits
 from esamp_core.kernels.reweight import reweight
 from esamp_core.kernels.row import CAPPED, LAST_ID, clean, filter_temperature, log_sum
 from esamp_core.kernels.tuning import Config, power_of_2
 
 
 @triton.jit
+def by_code(code, scored, scored_max, ids, present, rest, refill):
+    """The token, LAST_ID for the tail of weight `rest`, and the new code.  All in float64, as codes are."""
+    weight = tl.where(present, tl.exp(scored.to(tl.float64) - scored_max.to(tl.float64)), 0.0)
+    listed = tl.sum(weight, 0)
+    total = listed + rest
+    aim = code * total
+    can = weight > 0.0
+    # The lowest id with more than `aim` at and below it, bit by bit; rounding must not lead beyond the last token.
+    token = tl.max(tl.where(can, ids, 0), 0)
+    if aim < listed:
+        below = tl.zeros((), tl.int32)
+        for i in tl.static_range(31):
+            probe = below | (1 << (30 - i))
+            short = tl.sum(tl.where(ids < probe, weight, 0.0), 0) <= aim
+            below = tl.where(short, probe, below)
+        token = below
+    in_tail = (aim >= listed) & (rest > 0.0)
+    share = tl.where(in_tail, rest, tl.sum(tl.where(ids == token, weight, 0.0), 0))
+    start = tl.where(in_tail, listed, tl.sum(tl.where(ids < token, weight, 0.0), 0))
+    left = (aim - start) / share + refill * (total / share * 2.0**-53)
+    left = tl.minimum(tl.maximum(left, 0.0), 1.0 - 2.0**-53)
+    return tl.where(in_tail, LAST_ID, token), left
+
+
+@triton.jit
 def _draw_kernel(
     ids_ptr, logits_ptr, count_ptr, status_ptr,
     new_ptr, novelty_ptr, projection_ptr, beta_ptr, model_weight,
-    raw_ptr, stride_rr, raw_max_ptr, raw_sum_ptr, temperature_ptr, seed_ptr, position_ptr,
+    raw_ptr, stride_rr, raw_max_ptr, raw_sum_ptr, temperature_ptr, seed_ptr, position_ptr, codes_ptr,
     best_ptr, best_id_ptr, best_z_ptr, mass_max_ptr, mass_sum_ptr,
     token_ptr, logprob_ptr, base_logprob_ptr, token_novelty_ptr, kl_ptr, new_status_ptr,
     V, width, splits, tiles,
-    HAS_PROJECTION: tl.constexpr, HAS_NEW: tl.constexpr, HAS_MODEL: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, HAS_NEW: tl.constexpr, HAS_MODEL: tl.constexpr, HAS_CODES: tl.constexpr,
     WIDTH: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -84,6 +111,8 @@ def _draw_kernel(
     mass = scored_ref + tl.log(scored_sum)
     tail_wins = tl.full((), 0, tl.int1)
     tail_z = best
+    tail_token = token
+    rest = tl.full((), 0.0, tl.float64)
     if ((status & CAPPED) != 0) & (greedy == 0):
         tile = tl.arange(0, TILES)
         in_tiles = tile < tiles
@@ -96,13 +125,24 @@ def _draw_kernel(
         tail_z = tl.load(best_z_ptr + row * tiles + tile, mask=in_tiles, other=float("-inf"))
         tail_z = tl.max(tl.where((tail_best == top_best) & (tail_id == top_id), tail_z, float("-inf")), 0)
         tail_wins = (top_best > best) | ((top_best == best) & (top_id < token))
+        tail_token = top_id
         token = tl.where(tail_wins, top_id, token)
         # log sum exp of each set with the tail.
         tail_mass = log_sum(tail_max, tail_sum)
+        rest = tl.exp(tail_mass.to(tl.float64) - scored_ref.to(tl.float64))
         high = tl.maximum(base_mass, tail_mass)
         base_mass = high + tl.log(tl.exp(base_mass - high) + tl.exp(tail_mass - high))
         high = tl.maximum(mass, tail_mass)
         mass = high + tl.log(tl.exp(mass - high) + tl.exp(tail_mass - high))
+
+    if HAS_CODES:
+        code = tl.load(codes_ptr + row)
+        if (code >= 0.0) & (greedy == 0):
+            refill = code_uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+            picked, left = by_code(code, scored, scored_ref, ids, present, rest, refill)
+            tl.store(codes_ptr + row, left)
+            tail_wins = picked == LAST_ID
+            token = tl.where(tail_wins, tail_token, picked)
 
     in_vocabulary = (token >= 0) & (token < V)
     safe_token = tl.where(in_vocabulary, token, 0)
@@ -139,6 +179,7 @@ def draw_triton(
     position: torch.Tensor,
     config: Config,
     *,
+    codes: torch.Tensor | None = None,
     new: torch.Tensor | None = None,
     novelty: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
@@ -150,6 +191,7 @@ def draw_triton(
     token_ids, logits: candidates [R, C].  raw: [R, V], for base_logprob, with part_max and part_sum of it in scan.
     tail: from tail_triton.  Either new and novelty [R, C], or projection [R, C] for reweighting here, or neither.
     raw_is_model: novelty uses raw at the candidates rather than their own logits.
+    codes: float64 [R], replaced in place where >= 0.
     """
     rows, width = token_ids.shape
     splits, tiles = scan["part_max"].shape[1], tail["best"].shape[1]
@@ -159,10 +201,11 @@ def draw_triton(
     new_status = torch.empty_like(status)
     _draw_kernel[(rows,)](
         token_ids, logits, count, status, new, novelty, projection, beta, float(model_weight),
-        raw, raw.stride(0), scan["part_max"], scan["part_sum"], temperature, seed, position,
+        raw, raw.stride(0), scan["part_max"], scan["part_sum"], temperature, seed, position, codes,
         tail["best"], tail["best_id"], tail["best_z"], tail["mass_max"], tail["mass_sum"],
         token, logprob, base_logprob, token_novelty, kl, new_status, raw.shape[1], width, splits, tiles,
         HAS_PROJECTION=projection is not None, HAS_NEW=new is not None, HAS_MODEL=raw_is_model,
+        HAS_CODES=codes is not None,
         WIDTH=power_of_2(width, 16), SPLITS=power_of_2(splits, 16), TILES=power_of_2(tiles, 16),
         num_warps=config.draw_warps, enable_fp_fusion=False,
     )  # fmt: skip

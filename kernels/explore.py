@@ -61,6 +61,7 @@ def explore_triton(
     beta: Tensor,
     seed: Tensor,
     position: Tensor,
+    codes: Tensor | None,
     active: Tensor | None,
     model_logits: Tensor | None,
     direction: Tensor | None,
@@ -94,7 +95,8 @@ def explore_triton(
     )  # fmt: skip
     drawn = draw_triton(
         found["token_ids"], found["logits"], found["count"], found["status"], raw, scan, tail, temperature, beta,
-        seed, position, config, projection=projection, model_weight=model_weight, raw_is_model=model_logits is not None,
+        seed, position, config, codes=codes, projection=projection, model_weight=model_weight,
+        raw_is_model=model_logits is not None,
     )  # fmt: skip
     token, logprob, base_logprob, novelty, kl, status = drawn
     return token, logprob, base_logprob, novelty, kl, found["count"], status
@@ -193,7 +195,7 @@ def _(token_ids, logits, status, projection, beta, temperature, original, model_
     return torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(status)
 
 
-@torch.library.custom_op("esamp::draw", mutates_args=())
+@torch.library.custom_op("esamp::draw", mutates_args=["codes"])
 def draw_op(
     token_ids: Tensor,
     chosen: Tensor,
@@ -209,6 +211,7 @@ def draw_op(
     beta: Tensor,
     seed: Tensor,
     position: Tensor,
+    codes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """token, logprob, base_logprob, novelty, kl."""
     if logits.shape[0] == 0:
@@ -219,7 +222,7 @@ def draw_op(
     tail = tail_triton(logits, temperature, seed, position, token_ids, chosen, threshold, tie_id, status, config)
     drawn = draw_triton(
         token_ids, chosen, count, status, raw, scan, tail, temperature, beta, seed, position, config,
-        new=new, novelty=novelty,
+        codes=codes, new=new, novelty=novelty,
     )  # fmt: skip
     return drawn[:5]
 
@@ -241,12 +244,12 @@ def _draw_shapes(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 @draw_op.register_fake
 def _(
     token_ids, chosen, count, threshold, tie_id, status, new, novelty, logits, model_logits, temperature, beta, seed,
-    position,
+    position, codes,
 ):  # fmt: skip
     return _draw_shapes(logits)[:5]
 
 
-@torch.library.custom_op("esamp::explore", mutates_args=())
+@torch.library.custom_op("esamp::explore", mutates_args=["codes"])
 def explore_op(
     logits: Tensor,
     temperature: Tensor,
@@ -256,6 +259,7 @@ def explore_op(
     beta: Tensor,
     seed: Tensor,
     position: Tensor,
+    codes: Tensor | None,
     active: Tensor | None,
     model_logits: Tensor | None,
     direction: Tensor | None,
@@ -275,14 +279,14 @@ def explore_op(
         return _draw_shapes(logits)
     config = _config(logits, 0 if weight is None else weight.shape[1], width)
     return explore_triton(
-        logits, temperature, top_k, top_p, min_p, beta, seed, position, active, model_logits, direction, weight, bias,
-        center, head_scale, softcap, clip, first_id, model_weight, width, vllm, config,
+        logits, temperature, top_k, top_p, min_p, beta, seed, position, codes, active, model_logits, direction, weight,
+        bias, center, head_scale, softcap, clip, first_id, model_weight, width, vllm, config,
     )  # fmt: skip
 
 
 @explore_op.register_fake
 def _(
-    logits, temperature, top_k, top_p, min_p, beta, seed, position, active, model_logits, direction, weight, bias,
-    center, head_scale, softcap, clip, first_id, model_weight, width, vllm,
+    logits, temperature, top_k, top_p, min_p, beta, seed, position, codes, active, model_logits, direction, weight,
+    bias, center, head_scale, softcap, clip, first_id, model_weight, width, vllm,
 ):  # fmt: skip
     return _draw_shapes(logits)

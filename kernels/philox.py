@@ -10,6 +10,7 @@ import triton.language as tl
 SERIES_BELOW = tl.constexpr(2.0**-5)
 DOMAIN_DRAW = tl.constexpr(0)  # second counter word, as in esamp_core/philox.py: no two uses share a stream
 DOMAIN_ROUNDING = tl.constexpr(2)
+DOMAIN_CODE = tl.constexpr(3)
 
 
 @triton.jit
@@ -62,3 +63,10 @@ def gumbel(bits):
     v = tl.where(v > 1.0 - 2.0**-24, 1.0 - 2.0**-24, v)
     series = v * (1.0 + v * (1.0 / 2 + v * (1.0 / 3 + v * (1.0 / 4 + v * (1.0 / 5)))))
     return -tl.log(tl.where(v < SERIES_BELOW, series, -tl.log(1.0 - v)))
+
+
+@triton.jit
+def code_uniform(seed, position):
+    """A float64 uniform number in [0, 1) of 53 bits."""
+    word0, word1, _, _ = philox((position * 0).to(tl.int32), DOMAIN_CODE, seed, position)
+    return ((word0.to(tl.int64) << 21) | (word1.to(tl.int64) >> 11)).to(tl.float64) * 2.0**-53

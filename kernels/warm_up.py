@@ -1,5 +1,7 @@
 """warm_up: compile everything before the first request, by running each op once on a made-up row."""
 
+import itertools
+
 import torch
 
 from esamp_core.kernels import explore
@@ -27,8 +29,8 @@ def warm_up(
     momentum: bool = False,
 ) -> None:
     """Compile the kernels for logits [*, vocab_size] of `dtype` and this head, both filter orders, with and without
-    model logits and active mask.  weight: lm_head [V, H]; without one only the ops that need no head are compiled.
-    rank, distiller_dtype, momentum: of the Distiller and its weights; without a rank its kernels are left out.
+    model logits, active mask and codes.  weight: lm_head [V, H]; without one only the ops that need no head are
+    compiled.  rank, distiller_dtype, momentum: of the Distiller; without a rank its kernels are left out.
     """
     if rank is not None:
         warm_up_distiller(hidden_size, rank, distiller_dtype, momentum, weight, center, device=device)
@@ -38,24 +40,26 @@ def warm_up(
     one, zero = torch.ones(2, device=device), torch.zeros(2, device=device)
     count = torch.zeros(2, device=device, dtype=torch.int64)
     direction = torch.zeros(2, hidden_size, device=device, dtype=direction_dtype)
+    codes = torch.zeros(2, device=device, dtype=torch.float64)
     params = (one, count, one, zero, one)
     for vllm in (False, True):
         for active in (None, torch.ones(2, device=device, dtype=torch.bool)):
             found = explore.select_op(logits, *params, active, width, vllm)
-            for model_logits in (None, logits):
+            for model_logits, used in itertools.product((None, logits), (None, codes)):
                 for v, w in ((None, None), (direction, weight)):
                     if v is None or w is not None:
                         explore.explore_op(
-                            logits, *params, count, count, active, model_logits, v, w, bias, center, scale, softcap,
-                            clip, 0, 1.0, width, vllm,
+                            logits, *params, count, count, used, active, model_logits, v, w, bias, center, scale,
+                            softcap, clip, 0, 1.0, width, vllm,
                         )  # fmt: skip
     ids, chosen, kept, threshold, tie_id, status = found
     for original in (None, chosen):
         explore.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0)
-    for model_logits in (None, logits):
+    for model_logits, used in itertools.product((None, logits), (None, codes)):
         explore.draw_op(
-            ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count
-        )
+            ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count,
+            used,
+        )  # fmt: skip
     if weight is not None:
         for transform in (True, False):
             explore.score_op(direction, weight, ids, bias, center, scale, softcap, clip, 0, transform)

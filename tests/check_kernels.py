@@ -218,10 +218,12 @@ def launch_sampling(case: Case) -> None:
     bias, center = torch.empty(case.vocab), torch.empty(HIDDEN)
     direction = torch.empty(rows, HIDDEN)
     params = (one, number, one, one, one)
-    # The model's own logits everywhere on the second pass, with all that a head can have.
-    for model, extras in ((None, (None, None, 1.0, None, None)), (logits, (bias, center, 0.5, 30.0, 3.0))):
+    codes = torch.empty(rows, dtype=torch.float64)
+    # The model's own logits everywhere on the second pass, with all that a head can have, and stratified rows.
+    plain, full = (None, None, None, 1.0, None, None), (codes, bias, center, 0.5, 30.0, 3.0)
+    for model, (used, *extras) in ((None, plain), (logits, full)):
         explore.explore_triton(
-            logits, *params, number, number, active, model, direction, weight, *extras, 0, 1.0, case.width,
+            logits, *params, number, number, used, active, model, direction, weight, *extras, 0, 1.0, case.width,
             case.vllm, config,
         )  # fmt: skip
     chosen = torch.empty(rows, case.width)

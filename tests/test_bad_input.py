@@ -285,7 +285,7 @@ BIRTH: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     (
         DistillerConfig,
         dict(
-            rank=[0, 1025, 8.0, None], lr=[-0.1, NAN, INF, None], momentum=[-0.1, 1, NAN], clip=[0, -1, INF, None],
+            rank=[0, 1025, 8.0, None], lr=[-0.1, NAN, INF, "0.1"], momentum=[-0.1, 1, NAN], clip=[0, -1, INF, None],
             target=["shallow", None], weight_dtype=[torch.float16, "float32"], seed=[-1, 2**63, 1.5],
             deep_scale=[0, -1, NAN, "rms"], patience=[0, 1.5],
         ),

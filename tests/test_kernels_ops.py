@@ -43,29 +43,31 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     ids, chosen, count, threshold, tie_id, status = found
     temperature, beta = params.temperature, params.beta
     head_arguments = (weight, None, None, 1.0, None, None, 0, 1.0)
+    codes = torch.linspace(0, 0.9, ROWS, dtype=torch.float64, device=device)
     return {
         "select": (logits, *params, None, WIDTH, False),
         "score": (direction, weight, ids, None, None, 1.0, None, None, 0, True),
         "reweight": (ids, chosen, status, chosen * 0.5, beta, temperature, None, 1.0),
         "draw": (
             ids, chosen, count, threshold, tie_id, status, chosen, chosen * 0, logits, None, temperature, beta, seed,
-            seed,
+            seed, codes,
         ),
-        "explore": (logits, *params, seed, seed, None, None, direction, *head_arguments, WIDTH, False),
+        "explore": (logits, *params, seed, seed, None, None, None, direction, *head_arguments, WIDTH, False),
+        "explore coded": (logits, *params, seed, seed, codes, None, None, direction, *head_arguments, WIDTH, False),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["select", "score", "reweight", "draw", "explore"])
+@pytest.mark.parametrize("name", ["select", "score", "reweight", "draw", "explore", "explore coded"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(explore, f"{name}_op"), arguments[name], test_utils=checks)
+    torch.library.opcheck(getattr(explore, f"{name.split()[0]}_op"), arguments[name], test_utils=checks)
 
 
 def test_fakes_have_the_shapes(arguments: dict[str, tuple[object, ...]]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, values in arguments.items():
-        op = getattr(explore, f"{name}_op")
+        op = getattr(explore, f"{name.split()[0]}_op")
         real = op(*values)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values))

@@ -150,7 +150,7 @@ def test_the_shipped_start_is_better_than_the_plain_one(model: tuple[Any, Any]) 
     recording = record(Source("countdown", *model), CountdownTask(), 6, 8, seed=3)
     plain = replay(recording, Recipe("plain", DistillerConfig()))
     frozen = replay(recording, Recipe("frozen", DistillerConfig(start=str(countdown.DISTILLER), lr=0.0)))
-    learning = replay(recording, Recipe("learning", DistillerConfig(start=str(countdown.DISTILLER), lr=0.03)))
+    learning = replay(recording, Recipe("learning", DistillerConfig(start=str(countdown.DISTILLER))))
     assert frozen.mean() < 0.7 * plain.mean()
     assert learning.mean() < frozen.mean()
 
@@ -159,6 +159,11 @@ def test_the_shipped_start_is_better_than_the_plain_one(model: tuple[Any, Any]) 
 def test_calibration_config_is_checked_at_birth(field: str, value: object) -> None:
     with pytest.raises(ArgumentError, match=field):
         CalibrationConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_calibrated_start_has_a_rate_of_its_own() -> None:
+    assert DistillerConfig().lr == 0.3 and DistillerConfig(start="file").lr == 0.03
+    assert DistillerConfig(start="file", lr=0.2).lr == 0.2
 
 
 def test_one_prompt_is_too_few(model: tuple[Any, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from bench.quality_decode import Batch, Run, Setting, Step, decode, request_seeds
-from bench.quality_plan import BASE, BASE_PARAMS, choice, esamp, kernel, ridge, with_rounds
+from bench.quality_plan import BASE, BASE_PARAMS, choice, esamp, kernel, ridge, with_arithmetic, with_rounds
 from bench.quality_tasks import CountdownTask, Source, disjoint_problems, load_source
 from bench.samplers import ArithmeticDraw, Explored, Filter, Plain
 from esamp_core.sample import DistillerConfig, RowParams, SamplingParams, select_candidates
@@ -130,21 +130,24 @@ def test_entropy_and_logprob_are_the_models(source: Source) -> None:
 # ---------------------------------------------------------------------------------------------- against the library
 
 
-@pytest.mark.parametrize("kind", ["esamp", "untrained", "choice", "vanilla"])
+@pytest.mark.parametrize("kind", ["esamp", "untrained", "choice", "vanilla", "arithmetic", "choice, arithmetic"])
 def test_samplers_draw_what_the_explorer_draws(source: Source, kind: str) -> None:
     config = (
         DistillerConfig(target="choice")
-        if kind == "choice"
+        if kind.startswith("choice")
         else DistillerConfig(lr=0.0 if kind == "untrained" else 0.3)
     )
-    beta = {"esamp": 0.25, "untrained": 0.25, "choice": 2.0, "vanilla": 0.0}[kind]
+    beta = {"esamp": 0.25, "untrained": 0.25, "choice": 2.0, "choice, arithmetic": 2.0}.get(kind, 0.0)
+    stratified = kind.endswith("arithmetic")
     mine = {
         "esamp": esamp(0.25),
         "untrained": esamp(0.25, lr=0.0),
         "choice": choice(2.0),
+        "choice, arithmetic": with_arithmetic(choice(2.0)),
         "vanilla": Plain("vanilla", BASE),
+        "arithmetic": Plain("arithmetic", BASE, arithmetic=True),
     }[kind]
-    library = Explored("library", replace(BASE_PARAMS, beta=beta), config)
+    library = Explored("library", replace(BASE_PARAMS, beta=beta, stratified=stratified), config)
     prompts, seeds = prompts_of(source, 6), request_seeds(1, 0, 6)
     a, b = (decode(source, s, prompts, 8, seeds, 30) for s in (mine, library))
     width = min(a.token_ids.shape[1], b.token_ids.shape[1])
