@@ -67,8 +67,9 @@ class Report:
             updates = sum(g.updates for g in groups)
             mean = max(rows, 1.0)
             logger.info(
-                "esamp: %d rows in %d steps, %d updates, mean novelty %.3g, KL %.3g, %d/%d slots, %d rows untouched",
-                *(rows, steps, updates, novelty / mean, kl / mean, len(groups), explorer.max_groups, untouched),
+                "esamp: %d rows in %d steps, mean novelty %.3g, KL %.3g, %d rows untouched; %d/%d slots in use, "
+                "with %d updates so far",
+                *(rows, steps, novelty / mean, kl / mean, untouched, len(groups), explorer.max_groups, updates),
             )
             stuck = rows > 0 and bool(groups) and updates == 0 and self._config.distiller.lr > 0
             self._idle = self._idle + 1 if stuck else 0

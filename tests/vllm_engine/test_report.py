@@ -39,7 +39,9 @@ def test_one_line_per_interval(report: Report, caplog: pytest.LogCaptureFixture)
         report.untouched(1)
         report.step(explorer(3, 4))
     lines = [record.getMessage() for record in caplog.records]
-    line = "esamp: 4 rows in 2 steps, 7 updates, mean novelty 3, KL 0.75, 2/8 slots, 2 rows untouched"
+    line = (
+        "esamp: 4 rows in 2 steps, mean novelty 3, KL 0.75, 2 rows untouched; 2/8 slots in use, with 7 updates so far"
+    )
     assert lines == [line] * 2
 
 
