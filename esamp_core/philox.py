@@ -23,6 +23,7 @@ CODE_BELOW = 1 - 2.0**-CODE_BITS  # the largest code
 # Below this v, -log1p(-v) is summed as a series: 1 - v would lose v's last bits, and fast GPU logarithms have a
 # constant absolute error near 1.  Above it the float32 logarithm is good to 1e-5 relative.
 SERIES_BELOW = 2.0**-5
+LARGEST_GUMBEL = 22.9  # a little above 33 log 2
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +78,7 @@ def vocabulary_bits(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 def gumbel(bits: Tensor) -> Tensor:
     """float32 standard Gumbel noise of 32-bit words (int64): ``-log(-log1p(-v))``, v uniform in (0, 1).
 
-    Large noise comes from v near 0, where float32 is finest: the largest value is 22.9 (the other way round it
+    Large noise comes from v near 0, where float32 is finest: the largest value is 22.87 (the other way round it
     would be 16.6, and a tail of a hundred thousand tokens could not win as often as it should).
     """
     v = ((bits.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from esamp_core.config import FilterOrder
-from esamp_core.philox import CODE_BELOW, CODE_BITS, code_uniform, gumbel, token_bits, vocabulary_bits
+from esamp_core.philox import (
+    CODE_BELOW,
+    CODE_BITS,
+    LARGEST_GUMBEL,
+    code_uniform,
+    gumbel,
+    token_bits,
+    vocabulary_bits,
+)
 from esamp_core.reference_candidates import (
     LAST_ID,
     NEG_INF,
@@ -253,17 +261,26 @@ def draw(
         return _by_code(codes[rows], support.scored[rows], ids[rows], mass, refill[rows])
 
     def best_of_tail(z: Tensor, mass: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        bits = vocabulary_bits(seed[rows], position[rows], z.shape[1])
         to_beat = best[rows]
         if codes is not None:  # the code has chosen between tail and list; within the tail the noise does
             in_tail = by_code(mass, rows)[0] < 0
             to_beat = torch.where(coded[rows], torch.where(in_tail, NEG_INF, torch.inf), to_beat)
-        # Noise is at most -log(v), so a token with v > exp(z - to_beat) is beaten whatever its noise.  That leaves a
-        # few; one is looked at in any case.
+        # Whose noise is looked at: only tokens that the largest noise could lift over what is to beat; of those only
+        # tokens with v <= exp(z - to_beat), because noise is at most -log(v).  One token is looked at in any case.
+        can_win = (z >= to_beat[:, None] - LARGEST_GUMBEL).any(0)
+        can_win[0] = True
+        reach = can_win.nonzero()[:, 0]
+        if 4 * len(reach) < z.shape[1]:
+            bits, z = token_bits(seed[rows], position[rows], reach.expand(len(rows), -1)), z[:, reach]
+        else:
+            bits, reach = (
+                vocabulary_bits(seed[rows], position[rows], z.shape[1]),
+                torch.arange(z.shape[1], device=z.device),
+            )
         can_win = (bits * 2.0**-32 <= 1.001 * torch.exp(z - to_beat[:, None])).any(0)
         can_win[0] = True
-        ids = can_win.nonzero()[:, 0]
-        return _best(z[:, ids] + gumbel(bits[:, ids]), ids[None])
+        some = can_win.nonzero()[:, 0]
+        return _best(z[:, some] + gumbel(bits[:, some]), reach[some][None])
 
     tail = _tail(candidates, support.top, logits, params, best_of_tail)
     listed, listed_best = token[tail.rows], best[tail.rows]
