@@ -128,6 +128,13 @@ def test_waves_with_and_without_exploration(graphs: Graphs) -> None:
     assert len(graphs.replays) == 6 and min(graphs.replays) > 0
 
 
+def test_stratified_siblings(graphs: Graphs) -> None:
+    """Their codes are state of the step, beside the rows with none."""
+    coded = SamplingParams(seed=3, beta=0.5, stratified=True)
+    got = check_same(build("llama"), params=[coded, EXPLORE, coded, coded])
+    assert got != check_same(build("llama"), params=[EXPLORE] * len(PROMPTS)) and graphs.replays[0] > 8
+
+
 @pytest.mark.parametrize("new", [1, 2, 3])
 def test_short_waves(new: int, graphs: Graphs) -> None:
     check_same(build("gpt2"), max_new_tokens=new, stop_token_ids=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,11 +80,16 @@ def test_equal_to_the_decoder(name: str, params: SamplingParams, cache: Any) -> 
 
 
 def test_one_params_per_prompt() -> None:
-    params = [GREEDY, SAMPLED, SamplingParams(beta=0.0, seed=9), SamplingParams(beta=0.5, top_k=3, seed=9)]
-    want = Decoder(build("llama")).generate(PROMPTS, n=2, params=params, max_new_tokens=12, stop_token_ids=STOP)
-    _, draws = generated(build("llama"), repeated(PROMPTS, 2), params=params)
-    for row, expected in enumerate(want):
-        assert [t for t in draws.token_ids[row].tolist() if t >= 0] == list(expected.token_ids)
+    some = [GREEDY, SAMPLED, SamplingParams(beta=0.0, seed=9), SamplingParams(beta=0.5, top_k=3, seed=9)]
+    tokens = []
+    for params in (some, [replace(p, stratified=True) for p in some]):
+        want = Decoder(build("llama")).generate(PROMPTS, n=3, params=params, max_new_tokens=12, stop_token_ids=STOP)
+        _, draws = generated(build("llama"), repeated(PROMPTS, 3), params=params)
+        for row, expected in enumerate(want):
+            assert [t for t in draws.token_ids[row].tolist() if t >= 0] == list(expected.token_ids)
+        tokens.append([list(g.token_ids) for g in want])
+    # Stratified are all that draw: greedy rows are as they were.
+    assert tokens[0][:3] == tokens[1][:3] and all(tokens[0][i : i + 3] != tokens[1][i : i + 3] for i in (3, 6, 9))
 
 
 def test_without_beta_it_is_transformers_greedy() -> None:
