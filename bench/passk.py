@@ -252,5 +252,21 @@ def table(
         write_run_json(results, run_json)
 
 
+@app.command()
+def options(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of result files, one per table.")],
+    doc: Annotated[Path | None, typer.Option(help="Markdown file to write into; default stdout.")] = None,
+) -> None:
+    """Which sibling options hold: their differences from min-p in all tables side by side."""
+    from bench.quality_plan import options
+    from bench.quality_table import load_results, options_table, write_between
+
+    text = options_table([load_results(folder) for folder in folders], options())
+    if doc is None:
+        print(text)
+    else:
+        write_between(doc, "options-table", text)
+
+
 if __name__ == "__main__":
     app()

@@ -106,6 +106,12 @@ def hard(own_start: bool = True) -> list[Sampler]:
     return [known[name] for name in names if name in known]
 
 
+def options() -> list[str]:
+    """The sibling options that the tables decide about."""
+    names = [s.name for s in main() if s.dependent]
+    return [name for name in names if not name.startswith(("ESamp", "control"))]
+
+
 def tune() -> list[Sampler]:
     """Settings that the main table must choose; on the tuning pool only."""
     samplers: list[Sampler] = [Plain("vanilla", Filter()), Plain("min-p .05", BASE)]

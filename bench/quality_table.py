@@ -17,6 +17,7 @@ from esamp_core.report import Curve, PromptSamples, RunFile, SampleText, StepSer
 
 KS = (1, 2, 4, 8, 16, 32)
 REFERENCES = ("vanilla", "min-p .05")  # what every other sampler is compared with
+SHIPPING_REFERENCE, SHIPPING_KS = "min-p .05", (16, 32)
 CONTROL = "control: "  # how the names of ESamp's controls begin
 
 
@@ -197,6 +198,20 @@ def _column_table(samplers: Sequence[SamplerResults]) -> str:
         values = [(c.text, s.column(c)) for c in COLUMNS]
         rows.append([s.name, *("" if v is None else text.format(v) for text, v in values)])
     return grid(["sampler", *(c.title for c in COLUMNS)], rows)
+
+
+def options_table(tables: Sequence[Results], options: Sequence[str], ks: Sequence[int] = SHIPPING_KS) -> str:
+    """What decides about shipping: each option's difference from min-p in every table; how many are above, the mean."""
+    places = [(results, k) for results in tables for k in ks]
+    titles = [f"{Path(r.about['model']).name}, {r.about['task']} @{k}" for r, k in places]
+    rows = []
+    for name in options:
+        found = [(r.by_name(name), r.by_name(SHIPPING_REFERENCE), k) for r, k in places]
+        cells = [[""] if a is None or b is None else _differences(a, b, [k]) for a, b, k in found]
+        means = [d.mean for a, b, k in found if a and b and (d := difference(a, b, k)) is not None]
+        above = f"{sum(m > 0 for m in means)} of {len(means)}"
+        rows.append([name, *(cell for (cell,) in cells), above, f"{np.mean(means):+.1f}" if means else ""])
+    return grid(["option", *titles, "above", "mean"], rows)
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

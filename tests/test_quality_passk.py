@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import pytest
 
 from bench.passk import KS, Unit, mean_ragged, run_study, run_unit, units
 from bench.quality_plan import main, studies
-from bench.quality_table import SamplerResults, difference, load_results, markdown, write_between, write_run_json
+from bench.quality_table import (
+    SamplerResults,
+    difference,
+    load_results,
+    markdown,
+    options_table,
+    write_between,
+    write_run_json,
+)
 from bench.quality_tasks import CountdownTask, HardCountdownTask, Source, disjoint_problems, load_source, load_task
 from esamp_core import countdown
 from esamp_core.errors import ArgumentError
@@ -205,6 +214,20 @@ def test_esamp_is_set_against_its_controls(folder: Path) -> None:
             (folder / f"{name[:5]}-{seed}.json").write_text(json.dumps(content), encoding="utf-8")
     row = "| ESamp 1 | sharpened | **+100.0 [+100.0, +100.0]** |"
     assert row in markdown(load_results(folder))
+
+
+def test_the_options_table_counts_what_is_above(folder: Path) -> None:
+    results = load_results(folder)
+    tables = [results, replace(results, about={**results.about, "task": "other"})]
+    renamed = [replace(s, name="min-p .05") if s.name == "vanilla" else s for s in results.samplers]
+    tables[0] = replace(results, samplers=renamed)
+    head, _, row, absent = options_table(tables, ["together", "nobody"], ks=(1, 4)).splitlines()
+    assert head.split(" | ")[1:3] == ["m, t @1", "m, t @4"] and "m, other @4" in head
+    cells = row.strip("| ").split(" | ")
+    # Mean Pass@1 is 37.5 against 43.75, Pass@4 50 against 75; the other table has nothing to compare with.
+    assert cells[0] == "together" and cells[1].startswith("-6.2 [") and cells[2].startswith("-25.0 [")
+    assert cells[3:] == ["", "", "0 of 2", "-15.6"]
+    assert absent.strip("| ").endswith("0 of 0")
 
 
 def test_a_missing_seed_and_mixed_studies_are_refused(folder: Path) -> None:
