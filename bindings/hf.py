@@ -64,8 +64,8 @@ def explore(
     """A context in which ``model.generate(..., logits_processor=exploration.logits_processor)`` explores.
 
     model: a decoder-only transformers model with its head, on one device, in eval mode.
-    beta, seed: strength of exploration (default 0.25) and request seed, to go with the temperature, top-k, top-p and
-        min-p that ``generate`` was given; without ``do_sample`` the temperature is 0.
+    beta, seed: strength of exploration (default that of ``SamplingParams``) and request seed, to go with the
+        temperature, top-k, top-p and min-p that ``generate`` was given; without ``do_sample`` the temperature is 0.
     params: instead of these, one :class:`SamplingParams`, or one per prompt.  Filters that ``generate`` was asked for
         and that differ are then not applied, which is warned of.  Seeds: prompt i of one ``SamplingParams`` has
         seed + i, as in ``Decoder.generate``; without a seed a fresh one is drawn from torch's generator.

@@ -21,7 +21,7 @@ PROCESSOR = "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"
 class PluginConfig:
     """``--additional-config '{"esamp": {...}}'``.
 
-    beta: strength of exploration of requests that name none. Default 0.25.
+    beta: strength of exploration of requests that name none. Default that of ``SamplingParams``.
     shallow_layer: index of the block whose output is the shallow tap. Default 0.
     max_groups: Distiller slots; when all are in use, further requests are sampled untouched. Default 64.
     max_candidates: tokens scored per row. Default 256.
@@ -29,7 +29,7 @@ class PluginConfig:
     distiller: fields of DistillerConfig, as a JSON object; weight_dtype is "float32" or "bfloat16".
     """
 
-    beta: float = 0.25
+    beta: float = SamplingParams.beta
     shallow_layer: int = 0
     max_groups: int = 64
     max_candidates: int = 256
@@ -136,7 +136,7 @@ class RequestParams:
     edited: bool  # the engine edits its logits before they reach us
 
 
-def read_request(params: Any, default_beta: float = 0.25) -> RequestParams | None:
+def read_request(params: Any, default_beta: float = SamplingParams.beta) -> RequestParams | None:
     """``SamplingParams(extra_args={"esamp": {"group": ..., "beta": ..., "sample_index": ...}})``, all three optional.
 
     The value may be the object's JSON text, which is what the OpenAI server's ``vllm_xargs`` can carry.

@@ -37,7 +37,7 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 16,
     temperature: Temperature = 1.0,
     min_p: MinP = 0.05,
-    beta: Beta = 0.25,
+    beta: Beta = SamplingParams.beta,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Vanilla against exploratory sampling with the embedded Countdown model, checked by a program."""
@@ -64,7 +64,7 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.05,
-    beta: Beta = 0.25,
+    beta: Beta = SamplingParams.beta,
     seed: Annotated[int | None, typer.Option(help="Prompt i uses seed + i; default: fresh seeds.")] = None,
     stratified: Annotated[
         bool, typer.Option("--stratified", help="The n samples divide every distribution evenly among them.")

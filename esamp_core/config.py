@@ -101,7 +101,7 @@ class DistillerConfig:
 
     def __post_init__(self) -> None:
         if self.lr is None:
-            object.__setattr__(self, "lr", 0.3 if self.start is None else 0.03)
+            object.__setattr__(self, "lr", 0.3 if self.start is None else 0.03)  # type: ignore[unreachable]
         require(is_int(self.rank) and 1 <= self.rank <= 1024, "rank", "be an integer in 1..1024", self.rank)
         require(is_real(self.lr) and self.lr >= 0, "lr", "be a finite number >= 0 (0 freezes)", self.lr)
         require(is_real(self.momentum) and 0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum)
