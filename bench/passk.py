@@ -255,17 +255,20 @@ def table(
 @app.command()
 def options(
     folders: Annotated[list[Path], typer.Argument(help="Folders of result files, one per table.")],
+    reference: Annotated[str, typer.Option(help="The sampler to compare with.")] = "min-p .05",
     doc: Annotated[Path | None, typer.Option(help="Markdown file to write into; default stdout.")] = None,
+    marker: Annotated[str, typer.Option(help="Name of the markers in --doc.")] = "options-table",
 ) -> None:
-    """Which sibling options hold: their differences from min-p in all tables side by side."""
+    """Which sibling options hold: their differences from one sampler in all tables side by side."""
     from bench.quality_plan import options
     from bench.quality_table import load_results, options_table, write_between
 
-    text = options_table([load_results(folder) for folder in folders], options())
+    chosen = [name for name in options() if name != reference]
+    text = options_table([load_results(folder) for folder in folders], chosen, reference)
     if doc is None:
         print(text)
     else:
-        write_between(doc, "options-table", text)
+        write_between(doc, marker, text)
 
 
 if __name__ == "__main__":

@@ -200,13 +200,18 @@ def _column_table(samplers: Sequence[SamplerResults]) -> str:
     return grid(["sampler", *(c.title for c in COLUMNS)], rows)
 
 
-def options_table(tables: Sequence[Results], options: Sequence[str], ks: Sequence[int] = SHIPPING_KS) -> str:
-    """What decides about shipping: each option's difference from min-p in every table; how many are above, the mean."""
+def options_table(
+    tables: Sequence[Results],
+    options: Sequence[str],
+    reference: str = SHIPPING_REFERENCE,
+    ks: Sequence[int] = SHIPPING_KS,
+) -> str:
+    """What decides about shipping: each option's difference from one in every table; how many are above, the mean."""
     places = [(results, k) for results in tables for k in ks]
     titles = [f"{Path(r.about['model']).name}, {r.about['task']} @{k}" for r, k in places]
     rows = []
     for name in options:
-        found = [(r.by_name(name), r.by_name(SHIPPING_REFERENCE), k) for r, k in places]
+        found = [(r.by_name(name), r.by_name(reference), k) for r, k in places]
         cells = [[""] if a is None or b is None else _differences(a, b, [k]) for a, b, k in found]
         means = [d.mean for a, b, k in found if a and b and (d := difference(a, b, k)) is not None]
         above = f"{sum(m > 0 for m in means)} of {len(means)}"
