@@ -77,7 +77,7 @@ def check_codes(codes: Tensor | None, params: Params, rows: int, device: torch.d
         return
     given = params if isinstance(params, Sequence) else [params]
     if any(isinstance(p, SamplingParams) and p.stratified for p in given):
-        raise ArgumentError("codes must be given for stratified params (philox.stratified_codes makes them), got None")
+        raise ArgumentError("codes must be given for stratified params (stratified_codes makes them), got None")
 
 
 def check_options(filter_order: str, max_candidates: int) -> None:

@@ -164,7 +164,7 @@ class Decoder:
         params: one :class:`SamplingParams`, or one per prompt.  One for all: prompt i's request seed is seed + i
             (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
             One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
-            alone, not on the batch it ran in.  Default ``SamplingParams()``.
+            alone (stratified: and on n), not on the batch it ran in.  Default ``SamplingParams()``.
         max_new_tokens: most tokens per sample, the stop token included; also ended by the model's context.
         stop_token_ids: default those of ``model.generation_config``; () for none.
         stop_strings: a text ends before the first of them.

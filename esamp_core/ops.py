@@ -152,8 +152,8 @@ def draw(
     token id) through Philox4x32-10.  At temperature 0 it is the argmax; of equals the lowest id wins.
 
     candidates, reweighted: from the ops above.  logits: [R, V] as given to select_candidates.  seed: int64 [R], 64-bit
-    row seeds that differ between siblings (``philox.row_seeds``).  position: int64 [R], tokens drawn so far.
-    codes: contiguous float64 [R] for stratified rows, from ``philox.stratified_codes``: a code in [0, 1) picks the
+    row seeds that differ between siblings (``row_seeds``).  position: int64 [R], tokens drawn so far.
+    codes: contiguous float64 [R] for stratified rows, from ``stratified_codes``: a code in [0, 1) picks the
     token by the inverse CDF in the order of token ids, all unlisted ones together last, and is replaced in place by
     its place within that token's share; of unlisted tokens the noise picks.  Negative codes draw as without.
     model_logits: [R, V] the untouched logits, for base_logprob.  Default ``logits``.

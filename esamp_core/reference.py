@@ -273,10 +273,8 @@ def draw(
         if 4 * len(reach) < z.shape[1]:
             bits, z = token_bits(seed[rows], position[rows], reach.expand(len(rows), -1)), z[:, reach]
         else:
-            bits, reach = (
-                vocabulary_bits(seed[rows], position[rows], z.shape[1]),
-                torch.arange(z.shape[1], device=z.device),
-            )
+            bits = vocabulary_bits(seed[rows], position[rows], z.shape[1])
+            reach = torch.arange(z.shape[1], device=z.device)
         can_win = (bits * 2.0**-32 <= 1.001 * torch.exp(z - to_beat[:, None])).any(0)
         can_win[0] = True
         some = can_win.nonzero()[:, 0]

@@ -23,7 +23,7 @@ from esamp_core.ops import (
     transform_scores,
     warm_up,
 )
-from esamp_core.philox import row_seeds
+from esamp_core.philox import row_seeds, stratified_codes
 from esamp_core.rows import Rows
 from esamp_core.structures import (
     Activations,
@@ -70,6 +70,7 @@ __all__ = [
     "row_seeds",
     "score_candidates",
     "select_candidates",
+    "stratified_codes",
     "transform_scores",
     "warm_up",
 ]

@@ -18,8 +18,19 @@ from esamp_core import reference
 from esamp_core.countdown import load
 from esamp_core.decoder import CacheKind, generate
 from esamp_core.errors import ArgumentError
-from esamp_core.philox import CODE_BELOW, code_uniform, row_seeds, stratified_codes
-from esamp_core.sample import Draw, Explorer, Head, SamplingParams, draw, explore, reweight, select_candidates
+from esamp_core.philox import CODE_BELOW, code_uniform
+from esamp_core.sample import (
+    Draw,
+    Explorer,
+    Head,
+    SamplingParams,
+    draw,
+    explore,
+    reweight,
+    row_seeds,
+    select_candidates,
+    stratified_codes,
+)
 from tests import kernel_cases
 from tests.oracles import chi_square_p_value, philox_numpy
 from tests.test_draw import SETTINGS, assert_same, problem, sampling_params, solve
