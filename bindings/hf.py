@@ -1,6 +1,6 @@
 """Exploratory sampling inside transformers' own ``generate()``, unpatched.
 
-    with explore(model, beta=0.25, seed=7) as exploration:
+    with explore(model, beta=0.1, seed=7) as exploration:
         model.generate(**inputs, do_sample=True, num_return_sequences=16,
                        logits_processor=exploration.logits_processor)
     exploration.draws.logprob  # [rows, steps]

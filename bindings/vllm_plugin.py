@@ -3,7 +3,7 @@
     vllm serve MODEL --logits-processors esamp_core.bindings.vllm_plugin:ExploratoryProcessor \\
         --additional-config '{"esamp": {}}'
 
-    SamplingParams(temperature=0.8, extra_args={"esamp": {"group": "problem 7", "beta": 0.25}})
+    SamplingParams(temperature=0.8, extra_args={"esamp": {"group": "problem 7", "beta": 0.1}})
 
 The model is tapped by ``vllm_models``, this logits processor draws with :class:`~esamp_core.sample.Explorer`, and
 returns logits of 0 for the drawn token and -inf elsewhere: whatever the engine does afterwards has one token to choose

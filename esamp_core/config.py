@@ -40,8 +40,9 @@ class SamplingParams:
     top_k: keep the k most likely tokens and all ties with the k-th; 0 is off (default).
     top_p: keep the smallest set of most likely tokens with this much probability, in [1e-6, 1]; 1 is off (default).
     min_p: keep tokens with at least this fraction of the largest probability, in [0, 1]; 0 is off (default).
-    beta: strength of exploration, ``new = logit + beta * novelty``; 0 is exactly vanilla sampling. Default 0.25
-        (the paper's best on AIME25). With ``DistillerConfig(target="choice")`` it is that rule's gamma.
+    beta: strength of exploration, ``new = logit + beta * novelty``; 0 is exactly vanilla sampling. Default
+        0.1, the largest that lost nothing on models that could be tried (docs/quality.md); the paper's best on AIME25
+        is 0.25. With ``DistillerConfig(target="choice")`` it is that rule's gamma.
     seed: request seed, any 64-bit integer; None (default) draws a fresh one whenever rows are opened.
     stratified: siblings opened together divide every distribution evenly among them (arithmetic sampling, Vilnis et
         al. 2023, arXiv 2210.15458): a beginning of probability p is drawn floor(n p) or ceil(n p) times by n siblings
@@ -52,7 +53,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    beta: float = 0.25
+    beta: float = 0.1
     seed: int | None = None
     stratified: bool = False
 

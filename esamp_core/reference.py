@@ -264,21 +264,25 @@ def draw(
         to_beat = best[rows]
         if codes is not None:  # the code has chosen between tail and list; within the tail the noise does
             in_tail = by_code(mass, rows)[0] < 0
-            to_beat = torch.where(coded[rows], torch.where(in_tail, NEG_INF, torch.inf), to_beat)
+            likeliest = z.argmax(-1, keepdim=True)
+            its_noise = gumbel(token_bits(seed[rows], position[rows], likeliest))
+            its_own = (z.gather(-1, likeliest) + its_noise)[:, 0]
+            to_beat = torch.where(coded[rows], torch.where(in_tail, its_own, torch.inf), to_beat)
         # Whose noise is looked at: only tokens that the largest noise could lift over what is to beat; of those only
         # tokens with v <= exp(z - to_beat), because noise is at most -log(v).  One token is looked at in any case.
-        can_win = (z >= to_beat[:, None] - LARGEST_GUMBEL).any(0)
-        can_win[0] = True
-        reach = can_win.nonzero()[:, 0]
-        if 4 * len(reach) < z.shape[1]:
-            bits, z = token_bits(seed[rows], position[rows], reach.expand(len(rows), -1)), z[:, reach]
+        near = z >= to_beat[:, None] - LARGEST_GUMBEL
+        some = None
+        if 4 * int(near.count_nonzero()) < z.shape[1]:
+            near = near.any(0)
+            near[0] = True
+            some = near.nonzero()[:, 0]
+            bits, z = token_bits(seed[rows], position[rows], some.expand(len(rows), -1)), z[:, some]
         else:
             bits = vocabulary_bits(seed[rows], position[rows], z.shape[1])
-            reach = torch.arange(z.shape[1], device=z.device)
         can_win = (bits * 2.0**-32 <= 1.001 * torch.exp(z - to_beat[:, None])).any(0)
         can_win[0] = True
-        some = can_win.nonzero()[:, 0]
-        return _best(z[:, some] + gumbel(bits[:, some]), reach[some][None])
+        few = can_win.nonzero()[:, 0]
+        return _best(z[:, few] + gumbel(bits[:, few]), (few if some is None else some[few])[None])
 
     tail = _tail(candidates, support.top, logits, params, best_of_tail)
     listed, listed_best = token[tail.rows], best[tail.rows]
