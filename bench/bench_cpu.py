@@ -66,7 +66,7 @@ def measure(shape: Shape, rows: int, rounds: int) -> list[dict[str, Any]]:
                 functools.partial(explore, i.logits, columns, i.seed, i.position, direction=i.direction, head=i.head)
                 for i in inputs
             ]
-            codes = torch.linspace(0, 0.999, rows, dtype=torch.float64)
+            codes = torch.linspace(0, 0.999, 2 * rows, dtype=torch.float64).view(rows, 2)
             variants = {
                 "explore": whole,
                 "explore, stratified": [functools.partial(step, codes=codes) for step in whole],

@@ -72,7 +72,7 @@ def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]]
         weigh = functools.partial(reweight, found, projection, given.params)
         new = weigh()
         options: dict[str, Any] = {"direction": given.direction, "head": given.head, "max_candidates": width}
-        codes = torch.linspace(0, 0.999, rows, dtype=torch.float64, device=device)
+        codes = torch.linspace(0, 0.999, 2 * rows, dtype=torch.float64, device=device).view(rows, 2)
         for name, call in {
             "select_candidates": select,
             "score_candidates": score,

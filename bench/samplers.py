@@ -24,7 +24,6 @@ from bench.quality_decode import Pick, Run, Sampler, Setting, Step
 from bench.quality_memory import Memory
 from esamp_core.philox import (
     CODE_BELOW,
-    CODE_BITS,
     code_uniform,
     gumbel,
     row_seeds,
@@ -96,19 +95,21 @@ class ArithmeticDraw(GumbelDraw):
         super().__init__(setting)
         n, index = setting.siblings, torch.arange(setting.siblings).repeat(setting.groups)
         first = self.seeds[::n].repeat_interleave(n)
-        self._code = stratified_codes(first, index, torch.full_like(index, n))
+        self._codes = stratified_codes(first, index, torch.full_like(index, n))
 
     def __call__(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
         chances = scores.double().softmax(-1)
         upper = chances.cumsum(-1)
-        code = self._code[row, None] * upper[:, -1:]
+        code = self._codes[row, :1] * upper[:, -1:]
         token = torch.searchsorted(upper, code, right=True)
         last = scores.shape[-1] - 1 - chances.flip(-1).gt(0).int().argmax(-1, keepdim=True)
         token = torch.minimum(token, last)  # rounding must not lead beyond the last token that can be drawn
         chance = chances.gather(-1, token)
         inside = (code - (upper.gather(-1, token) - chance)) / chance
-        refill = code_uniform(self.seeds[row], torch.full_like(row, position))[:, None] * 2.0**-CODE_BITS / chance
-        self._code[row] = (inside + refill).clamp(0.0, CODE_BELOW)[:, 0]
+        siblings = self._codes[row, 1] * chance[:, 0]
+        fresh = code_uniform(self.seeds[row], torch.full_like(row, position))
+        code = torch.where(siblings > 1, inside[:, 0].clamp(0.0, CODE_BELOW), fresh)
+        self._codes[row] = torch.stack([code, siblings], -1)
         return token[:, 0]
 
 

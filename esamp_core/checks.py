@@ -72,7 +72,7 @@ def check_row_integers(name: str, value: Tensor | int, rows: int, device: torch.
 
 def check_codes(codes: Tensor | None, params: Params, rows: int, device: torch.device) -> None:
     if codes is not None:
-        check_tensor("codes", codes, (rows,), device)
+        check_tensor("codes", codes, (rows, 2), device)
         require(codes.dtype == torch.float64 and codes.is_contiguous(), "codes", "be contiguous float64", codes.dtype)
         return
     given = params if isinstance(params, Sequence) else [params]

@@ -173,7 +173,7 @@ class Explorer:
         return rows
 
     def _codes(self, rows: list[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
-        """Codes to begin with, float64 [R]; negative in rows that are not stratified."""
+        """Codes to begin with, float64 [R, 2]; negative in rows that are not stratified."""
         found: dict[Hashable, list[int]] = {}
         for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
             if row.stratified:
@@ -184,7 +184,7 @@ class Explorer:
             device=self._device,
         ).view(-1, 4)
         row, first, ordinal, siblings = places.T
-        codes = torch.full((len(rows),), -1.0, dtype=torch.float64, device=self._device)
+        codes = torch.full((len(rows), 2), -1.0, dtype=torch.float64, device=self._device)
         return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))
 
     def close(self, rows: Rows) -> None:

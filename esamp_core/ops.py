@@ -153,9 +153,10 @@ def draw(
 
     candidates, reweighted: from the ops above.  logits: [R, V] as given to select_candidates.  seed: int64 [R], 64-bit
     row seeds that differ between siblings (``row_seeds``).  position: int64 [R], tokens drawn so far.
-    codes: contiguous float64 [R] for stratified rows, from ``stratified_codes``: a code in [0, 1) picks the
-    token by the inverse CDF in the order of token ids, all unlisted ones together last, and is replaced in place by
-    its place within that token's share; of unlisted tokens the noise picks.  Negative codes draw as without.
+    codes: contiguous float64 [R, 2] for stratified rows, from ``stratified_codes``: a code in [0, 1) picks the token
+    by the inverse CDF in the order of token ids, all unlisted ones together last (of these the noise picks); then it
+    becomes, in place, its place within that token's share, or, where no sibling is expected to have drawn the same
+    tokens, a fresh one.  Second, that expected number of siblings.  Negative codes draw as without.
     model_logits: [R, V] the untouched logits, for base_logprob.  Default ``logits``.
 
     Returns :class:`Draw`.  Raises ArgumentError.

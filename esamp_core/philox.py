@@ -17,8 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Second counter word: what the bits are for, so that no two uses share a stream.
 DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING, DOMAIN_CODE = 0, 1, 2, 3
-CODE_BITS = 53  # of an arithmetic code: what a float64 below 1 holds
-CODE_BELOW = 1 - 2.0**-CODE_BITS  # the largest code
+CODE_BELOW = 1 - 2.0**-53  # the largest arithmetic code, a float64
 
 # Below this v, -log1p(-v) is summed as a series: 1 - v would lose v's last bits, and fast GPU logarithms have a
 # constant absolute error near 1.  Above it the float32 logarithm is good to 1e-5 relative.
@@ -91,13 +90,16 @@ def code_uniform(seed: Tensor, position: Tensor) -> Tensor:
     """float64 uniform numbers in [0, 1) of 53 bits, for row seeds and positions (int64, same shape)."""
     zero = torch.zeros_like(position)
     words = philox(zero, zero + DOMAIN_CODE, position & _MASK, (position >> 32) & _MASK, seed)
-    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-CODE_BITS
+    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-53
 
 
 def stratified_codes(seed: Tensor, ordinal: Tensor, siblings: Tensor) -> Tensor:
     """Codes to begin with: ``frac(ordinal / siblings + U)``, so that n siblings have one in each n-th of [0, 1).
 
     seed: int64 [R], the same for all rows of a set, which U is drawn with (at position -1, which no row draws at).
-    ordinal, siblings: int64 [R], a row's number within its set, and the size of the set.  Returns float64 [R].
+    ordinal, siblings: int64 [R], a row's number within its set, and the size of the set.
+
+    Returns float64 [R, 2]: the code, and how many siblings are expected to begin as the row does, which is all n.
     """
-    return ((ordinal.double() / siblings + code_uniform(seed, torch.full_like(seed, -1))) % 1.0).clamp_max(CODE_BELOW)
+    code = (ordinal.double() / siblings + code_uniform(seed, torch.full_like(seed, -1))) % 1.0
+    return torch.stack([code.clamp_max(CODE_BELOW), siblings.double().expand_as(code)], -1)

@@ -16,7 +16,6 @@ from torch import Tensor
 from esamp_core.config import FilterOrder
 from esamp_core.philox import (
     CODE_BELOW,
-    CODE_BITS,
     LARGEST_GUMBEL,
     code_uniform,
     gumbel,
@@ -201,11 +200,12 @@ def _best(perturbed: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_code(
-    codes: Tensor, scored: Tensor, token_ids: Tensor, tail_mass: Tensor, refill: Tensor
+    codes: Tensor, scored: Tensor, token_ids: Tensor, tail_mass: Tensor, fresh: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The token [R] whose share of [0, 1), in the order of ids, holds the code; -1 is the tail, whose share is last.
 
-    Second, the code's place within that share, float64 [R]: its used-up bits are filled with ``refill`` [R].
+    Second, the new codes [R, 2].  A row that no sibling is expected to be with needs its code no longer, and gets a
+    fresh one [R]: so rounding, which grows with every division by a share, never grows beyond the number of siblings.
     """
     top = scored.amax(-1, keepdim=True)
     top = top.masked_fill(top == NEG_INF, 0.0).double()
@@ -215,14 +215,15 @@ def _by_code(
     weight = weight.gather(-1, order)
     upper = weight.cumsum(-1)
     total = upper[:, -1] + rest
-    aim = codes * total
+    aim = codes[:, 0] * total
     last = (weight > 0).sum(-1) - 1  # rounding must not lead beyond the last token that can be drawn
     place = torch.minimum((upper <= aim[:, None]).sum(-1), last).clamp_min(0)[:, None]
     in_tail = (aim >= upper[:, -1]) & (rest > 0)
     share = torch.where(in_tail, rest, weight.gather(-1, place)[:, 0])
     below = torch.where(in_tail, upper[:, -1], upper.gather(-1, place)[:, 0] - share)
-    left = (aim - below) / share + refill * (2.0**-CODE_BITS * total / share)
-    return torch.where(in_tail, -1, ids.gather(-1, place)[:, 0]), left.clamp(0.0, CODE_BELOW)
+    siblings = codes[:, 1] * (share / total)
+    code = torch.where(siblings > 1, ((aim - below) / share).clamp(0.0, CODE_BELOW), fresh)
+    return torch.where(in_tail, -1, ids.gather(-1, place)[:, 0]), torch.stack([code, siblings], -1)
 
 
 def _base_logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -254,11 +255,11 @@ def draw(
     perturbed = torch.where(greedy[:, None], reweighted.logits, support.scored + noise)
     best, token = _best(perturbed.masked_fill(ids < 0, NEG_INF), ids)
     if codes is not None:
-        coded, refill = (codes >= 0) & drawn & ~greedy, code_uniform(seed, position)
+        coded, fresh = (codes[:, 0] >= 0) & drawn & ~greedy, code_uniform(seed, position)
 
     def by_code(mass: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         assert codes is not None
-        return _by_code(codes[rows], support.scored[rows], ids[rows], mass, refill[rows])
+        return _by_code(codes[rows], support.scored[rows], ids[rows], mass, fresh[rows])
 
     def best_of_tail(z: Tensor, mass: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         to_beat = best[rows]
@@ -291,7 +292,7 @@ def draw(
     if codes is not None:
         every = torch.arange(len(ids), device=ids.device)
         picked, left = by_code(torch.full_like(best, NEG_INF).index_copy(0, tail.rows, tail.mass), every)
-        codes.copy_(torch.where(coded, left, codes))
+        codes.copy_(torch.where(coded[:, None], left, codes))
         token = torch.where(coded & (picked >= 0), picked, token)
         wins = torch.where(coded[tail.rows], picked[tail.rows] < 0, wins)
     token = token.index_copy(0, tail.rows, torch.where(wins, tail.token, token[tail.rows]))

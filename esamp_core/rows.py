@@ -51,7 +51,7 @@ class Rows:
         self.positions = positions
         """int64 [R], tokens drawn so far; advanced by ``sample``."""
         self.codes = codes
-        """float64 [R], what is left of the stratified rows' codes, in [0, 1); negative in other rows."""
+        """float64 [R, 2], codes of stratified rows (see ``draw``); negative in other rows."""
         self.active = active
         """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
         self.params = params

@@ -8,7 +8,7 @@ are reweighted here first (`explore`); without one their new logits are read (`d
     base_logprob  raw logit[token] - log sum exp of the raw logits (whole vocabulary, temperature 1)
 
 A row with a code (>= 0) draws by it instead: the token whose share of [0, 1) holds it, shares in the order of token ids
-and the tail's last; in the tail the noise picks. What remains is the code's place within that share.
+and the tail's last; in the tail the noise picks. It becomes its place within that share, or a fresh one.
 Temperature 0 is the argmax of the new logits.  Of equals the lowest id wins.  Moves a few KB per row.
 """
 
@@ -23,8 +23,11 @@ from esamp_core.kernels.tuning import Config, power_of_2
 
 
 @triton.jit
-def by_code(code, scored, scored_max, ids, present, rest, refill):
-    """The token, LAST_ID for the tail of weight `rest`, and the new code.  All in float64, as codes are."""
+def by_code(code, siblings, scored, scored_max, ids, present, rest, fresh):
+    """The token, LAST_ID for the tail of weight `rest`; the new code, and the siblings that it is shared with.
+
+    All in float64, as codes are.
+    """
     weight = tl.where(present, tl.exp(scored.to(tl.float64) - scored_max.to(tl.float64)), 0.0)
     listed = tl.sum(weight, 0)
     total = listed + rest
@@ -42,9 +45,10 @@ def by_code(code, scored, scored_max, ids, present, rest, refill):
     in_tail = (aim >= listed) & (rest > 0.0)
     share = tl.where(in_tail, rest, tl.sum(tl.where(ids == token, weight, 0.0), 0))
     start = tl.where(in_tail, listed, tl.sum(tl.where(ids < token, weight, 0.0), 0))
-    left = (aim - start) / share + refill * (total / share * 2.0**-53)
+    left = (aim - start) / share
     left = tl.minimum(tl.maximum(left, 0.0), 1.0 - 2.0**-53)
-    return tl.where(in_tail, LAST_ID, token), left
+    siblings = siblings * (share / total)
+    return tl.where(in_tail, LAST_ID, token), tl.where(siblings > 1.0, left, fresh), siblings
 
 
 @triton.jit
@@ -136,11 +140,13 @@ def _draw_kernel(
         mass = high + tl.log(tl.exp(mass - high) + tl.exp(tail_mass - high))
 
     if HAS_CODES:
-        code = tl.load(codes_ptr + row)
+        code = tl.load(codes_ptr + 2 * row)
         if (code >= 0.0) & (greedy == 0):
-            refill = code_uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-            picked, left = by_code(code, scored, scored_ref, ids, present, rest, refill)
-            tl.store(codes_ptr + row, left)
+            siblings = tl.load(codes_ptr + 2 * row + 1)
+            fresh = code_uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+            picked, left, siblings = by_code(code, siblings, scored, scored_ref, ids, present, rest, fresh)
+            tl.store(codes_ptr + 2 * row, left)
+            tl.store(codes_ptr + 2 * row + 1, siblings)
             tail_wins = picked == LAST_ID
             token = tl.where(tail_wins, tail_token, picked)
 
@@ -191,7 +197,7 @@ def draw_triton(
     token_ids, logits: candidates [R, C].  raw: [R, V], for base_logprob, with part_max and part_sum of it in scan.
     tail: from tail_triton.  Either new and novelty [R, C], or projection [R, C] for reweighting here, or neither.
     raw_is_model: novelty uses raw at the candidates rather than their own logits.
-    codes: float64 [R], replaced in place where >= 0.
+    codes: contiguous float64 [R, 2], replaced in place where >= 0.
     """
     rows, width = token_ids.shape
     splits, tiles = scan["part_max"].shape[1], tail["best"].shape[1]

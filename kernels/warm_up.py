@@ -1,7 +1,5 @@
 """warm_up: compile everything before the first request, by running each op once on a made-up row."""
 
-import itertools
-
 import torch
 
 from esamp_core.kernels import explore
@@ -40,12 +38,13 @@ def warm_up(
     one, zero = torch.ones(2, device=device), torch.zeros(2, device=device)
     count = torch.zeros(2, device=device, dtype=torch.int64)
     direction = torch.zeros(2, hidden_size, device=device, dtype=direction_dtype)
-    codes = torch.zeros(2, device=device, dtype=torch.float64)
+    codes = torch.zeros(2, 2, device=device, dtype=torch.float64)
     params = (one, count, one, zero, one)
+    variants = [(model_logits, used) for model_logits in (None, logits) for used in (None, codes)]
     for vllm in (False, True):
         for active in (None, torch.ones(2, device=device, dtype=torch.bool)):
             found = explore.select_op(logits, *params, active, width, vllm)
-            for model_logits, used in itertools.product((None, logits), (None, codes)):
+            for model_logits, used in variants:
                 for v, w in ((None, None), (direction, weight)):
                     if v is None or w is not None:
                         explore.explore_op(
@@ -55,7 +54,7 @@ def warm_up(
     ids, chosen, kept, threshold, tie_id, status = found
     for original in (None, chosen):
         explore.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0)
-    for model_logits, used in itertools.product((None, logits), (None, codes)):
+    for model_logits, used in variants:
         explore.draw_op(
             ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count,
             used,

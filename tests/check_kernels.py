@@ -218,7 +218,7 @@ def launch_sampling(case: Case) -> None:
     bias, center = torch.empty(case.vocab), torch.empty(HIDDEN)
     direction = torch.empty(rows, HIDDEN)
     params = (one, number, one, one, one)
-    codes = torch.empty(rows, dtype=torch.float64)
+    codes = torch.empty(rows, 2, dtype=torch.float64)
     # The model's own logits everywhere on the second pass, with all that a head can have, and stratified rows.
     plain, full = (None, None, None, 1.0, None, None), (codes, bias, center, 0.5, 30.0, 3.0)
     for model, (used, *extras) in ((None, plain), (logits, full)):

@@ -116,6 +116,7 @@ def test_text_stream_with_characters_of_several_tokens(seed: int) -> None:
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    hf.utils.logging.enable_progress_bar()  # transformers' switch, which loading a model quietly may have turned off
     generate(build("llama"), PROMPTS, max_new_tokens=2, progress=True)
     assert "4/4" in capsys.readouterr().err
     generate(build("llama"), PROMPTS, max_new_tokens=2)

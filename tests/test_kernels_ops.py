@@ -43,7 +43,7 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     ids, chosen, count, threshold, tie_id, status = found
     temperature, beta = params.temperature, params.beta
     head_arguments = (weight, None, None, 1.0, None, None, 0, 1.0)
-    codes = torch.linspace(0, 0.9, ROWS, dtype=torch.float64, device=device)
+    codes = torch.rand(ROWS, 2, dtype=torch.float64, device=device)
     return {
         "select": (logits, *params, None, WIDTH, False),
         "score": (direction, weight, ids, None, None, 1.0, None, None, 0, True),
