@@ -36,11 +36,12 @@ def by_code(code, siblings, scored, scored_max, ids, present, rest, fresh):
     # The lowest id with more than `aim` at and below it, bit by bit; rounding must not lead beyond the last token.
     token = tl.max(tl.where(can, ids, 0), 0)
     if aim < listed:
-        below = tl.zeros((), tl.int32)
-        for i in tl.static_range(31):
-            probe = below | (1 << (30 - i))
-            short = tl.sum(tl.where(ids < probe, weight, 0.0), 0) <= aim
-            below = tl.where(short, probe, below)
+        below = tl.full((), 0, tl.int32)
+        bit = tl.full((), 1 << 30, tl.int32)
+        while bit > 0:
+            short = tl.sum(tl.where(ids < (below | bit), weight, 0.0), 0) <= aim
+            below = tl.where(short, below | bit, below)
+            bit = bit >> 1
         token = below
     in_tail = (aim >= listed) & (rest > 0.0)
     share = tl.where(in_tail, rest, tl.sum(tl.where(ids == token, weight, 0.0), 0))
