@@ -29,6 +29,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.quality_decode import Batch, Sampler, decode, request_seeds
+from bench.quality_plan import options as sibling_options
 from bench.quality_plan import studies
 from bench.quality_tasks import Pool, Source, Task, disjoint_problems, load_source, load_task
 from esamp_core.errors import ArgumentError
@@ -208,6 +209,16 @@ def run_study(
             progress.advance(bar)
 
 
+def show(text: str, doc: Path | None, marker: str) -> None:
+    """Print a table, or write it between its markers in a file."""
+    from bench.quality_table import write_between
+
+    if doc is None:
+        print(text)
+    else:
+        write_between(doc, marker, text)
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -240,14 +251,10 @@ def table(
     run_json: Annotated[Path | None, typer.Option(help="Also write what `esamp report` shows.")] = None,
 ) -> None:
     """The table of what a folder holds."""
-    from bench.quality_table import load_results, markdown, write_between, write_run_json
+    from bench.quality_table import load_results, markdown, write_run_json
 
     results = load_results(out, seeds)
-    text = markdown(results, list(dict.fromkeys(name for study in studies().values() for name in study)))
-    if doc is None:
-        print(text)
-    else:
-        write_between(doc, marker, text)
+    show(markdown(results, list(dict.fromkeys(name for study in studies().values() for name in study))), doc, marker)
     if run_json is not None:
         write_run_json(results, run_json)
 
@@ -260,15 +267,10 @@ def options(
     marker: Annotated[str, typer.Option(help="Name of the markers in --doc.")] = "options-table",
 ) -> None:
     """Which sibling options hold: their differences from one sampler in all tables side by side."""
-    from bench.quality_plan import options
-    from bench.quality_table import load_results, options_table, write_between
+    from bench.quality_table import load_results, options_table
 
-    chosen = [name for name in options() if name != reference]
-    text = options_table([load_results(folder) for folder in folders], chosen, reference)
-    if doc is None:
-        print(text)
-    else:
-        write_between(doc, marker, text)
+    chosen = [name for name in sibling_options() if name != reference]
+    show(options_table([load_results(folder) for folder in folders], chosen, reference), doc, marker)
 
 
 if __name__ == "__main__":

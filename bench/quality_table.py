@@ -17,7 +17,7 @@ from esamp_core.report import Curve, PromptSamples, RunFile, SampleText, StepSer
 
 KS = (1, 2, 4, 8, 16, 32)
 REFERENCES = ("vanilla", "min-p .05")  # what every other sampler is compared with
-SHIPPING_REFERENCE, SHIPPING_KS = "min-p .05", (16, 32)
+SHIPPING_KS = (16, 32)
 CONTROL = "control: "  # how the names of ESamp's controls begin
 
 
@@ -203,7 +203,7 @@ def _column_table(samplers: Sequence[SamplerResults]) -> str:
 def options_table(
     tables: Sequence[Results],
     options: Sequence[str],
-    reference: str = SHIPPING_REFERENCE,
+    reference: str,
     ks: Sequence[int] = SHIPPING_KS,
 ) -> str:
     """What decides about shipping: each option's difference from one in every table; how many are above, the mean."""

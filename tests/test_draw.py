@@ -81,14 +81,15 @@ def sampling_params(s: Setting) -> SamplingParams:
     return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, s.beta)
 
 
-def run(setting: Setting, rows: int, seed: int = 0, request: int = 11) -> Draw:
-    """The same row many times, one sibling each: views of stride 0, so that nothing can be read from elsewhere."""
-    logits, direction, head, model = problem(setting, seed)
+def step(setting: Setting, seeds: Tensor, position: Tensor | int, codes: Tensor | None = None, seed: int = 0) -> Draw:
+    """The same row for every row seed: views of stride 0, so that nothing can be read from elsewhere."""
+    (logits, direction, head, model), rows = problem(setting, seed), len(seeds)
     return explore(
         logits.expand(rows, -1),
         sampling_params(setting),
-        row_seeds(torch.full((rows,), request), torch.arange(rows)),
-        torch.arange(rows) % 7,
+        seeds,
+        position,
+        codes=codes,
         direction=direction.expand(rows, -1),
         head=head,
         model_logits=None if model is None else model.expand(rows, -1),
@@ -96,6 +97,12 @@ def run(setting: Setting, rows: int, seed: int = 0, request: int = 11) -> Draw:
         filter_order=setting.order,
         max_candidates=setting.cap,
     )
+
+
+def run(setting: Setting, rows: int, seed: int = 0, request: int = 11) -> Draw:
+    """One step of as many siblings, at several positions."""
+    seeds = row_seeds(torch.full((rows,), request), torch.arange(rows))
+    return step(setting, seeds, torch.arange(rows) % 7, seed=seed)
 
 
 def assert_same(a: Draw, b: Draw) -> None:

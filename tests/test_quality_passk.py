@@ -221,7 +221,7 @@ def test_the_options_table_counts_what_is_above(folder: Path) -> None:
     tables = [results, replace(results, about={**results.about, "task": "other"})]
     renamed = [replace(s, name="min-p .05") if s.name == "vanilla" else s for s in results.samplers]
     tables[0] = replace(results, samplers=renamed)
-    head, _, row, absent = options_table(tables, ["together", "nobody"], ks=(1, 4)).splitlines()
+    head, _, row, absent = options_table(tables, ["together", "nobody"], "min-p .05", ks=(1, 4)).splitlines()
     assert head.split(" | ")[1:3] == ["m, t @1", "m, t @4"] and "m, other @4" in head
     cells = row.strip("| ").split(" | ")
     # Mean Pass@1 is 37.5 against 43.75, Pass@4 50 against 75; the other table has nothing to compare with.

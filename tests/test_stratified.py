@@ -33,28 +33,9 @@ from esamp_core.sample import (
 )
 from tests import kernel_cases
 from tests.oracles import chi_square_p_value, philox_numpy
-from tests.test_draw import SETTINGS, assert_same, problem, sampling_params, solve
+from tests.test_draw import SETTINGS, assert_same, problem, sampling_params, solve, step
 
 PER_TEST = 1e-4 / len(SETTINGS)  # false alarms: 1e-4 over all settings
-
-
-def step(name: str, codes: Tensor | None, seeds: Tensor, position: int = 0) -> Draw:
-    """One step of a setting of test_draw, the same row for every seed."""
-    setting, rows = SETTINGS[name], len(seeds)
-    logits, direction, head, model = problem(setting)
-    return explore(
-        logits.expand(rows, -1),
-        sampling_params(setting),
-        seeds,
-        position,
-        codes=codes,
-        direction=direction.expand(rows, -1),
-        head=head,
-        model_logits=None if model is None else model.expand(rows, -1),
-        model_weight=setting.model_weight,
-        filter_order=setting.order,
-        max_candidates=setting.cap,
-    )
 
 
 def lonely_codes(rows: int, seed: int = 3) -> tuple[Tensor, Tensor]:
@@ -98,7 +79,7 @@ def test_each_sample_keeps_its_distribution(name: str) -> None:
     rows = 12000
     seeds, codes = lonely_codes(rows)
     codes[: rows // 2, 1] = 1e9  # half of the rows go on with what is left of their codes, half get fresh ones
-    got, exact = step(name, codes, seeds), solve(SETTINGS[name])
+    got, exact = step(SETTINGS[name], seeds, 0, codes), solve(SETTINGS[name])
     assert chi_square_p_value(got.token_ids, exact.probability) > PER_TEST
     code, expected = codes.unbind(1)
     assert (code >= 0).all() and (code <= CODE_BELOW).all()
@@ -112,7 +93,7 @@ def test_each_sample_keeps_its_distribution(name: str) -> None:
     want = torch.as_tensor(exact.probability)[got.token_ids]
     torch.testing.assert_close(share[listed], want[listed], rtol=1e-4, atol=1e-6)
     # All that a draw reports of a token is what the independent draw reports of it.
-    plain = step(name, None, seeds)
+    plain = step(SETTINGS[name], seeds, 0)
     for token in set(got.token_ids.tolist()) & set(plain.token_ids.tolist()):
         i, j = ((d.token_ids == token).nonzero()[0, 0] for d in (got, plain))
         for field, a, b in zip(Draw._fields, got, plain, strict=True):
@@ -125,7 +106,7 @@ def test_siblings_divide_the_distribution(name: str, siblings: int) -> None:
     exact = solve(SETTINGS[name])
     for seed in range(10):
         seeds, codes = sibling_codes(siblings, seed)
-        tokens = step(name, codes, seeds).token_ids
+        tokens = step(SETTINGS[name], seeds, 0, codes).token_ids
         count = np.bincount(tokens.numpy(), minlength=len(exact.probability))
         n_p = siblings * exact.probability
         edge = 1e-4  # float32: of reweighted logits, and of the tail's mass
