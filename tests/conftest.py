@@ -21,6 +21,8 @@ if not HAS_CUDA:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
+# Other examples, the same for the same seed: HYPOTHESIS_PROFILE=seeded make test PYTEST_ARGS=--hypothesis-seed=1
+hypothesis.settings.register_profile("seeded", hypothesis.settings.get_profile("ci"), derandomize=False)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
