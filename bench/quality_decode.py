@@ -129,7 +129,7 @@ def decode(
     drawn = _Log(groups * n, max_new_tokens)
     with Taps(source.model, source.parts) as taps:
         cache = DynamicCache(config=source.model.config)
-        tapped = taps.forward(input_ids=ids, past_key_values=cache, **_positions(pads, length, length))
+        tapped = taps.forward(**source.parts.inputs(ids, *_columns(pads, length, length), cache))
         spread = torch.arange(groups).repeat_interleave(n)
         _spread_cache(cache, spread, length + max_new_tokens)
         shallow, deep, logits = (t[spread] for t in tapped)
@@ -150,19 +150,16 @@ def decode(
                 run.keep(keep)
             at = length + index
             shallow, deep, logits = taps.forward(
-                input_ids=token[:, None], past_key_values=cache, **_positions(pads, at + 1, 1)
+                **source.parts.inputs(token[:, None], *_columns(pads, at + 1, 1), cache)
             )
     return drawn.batch(run.losses())
 
 
-def _positions(pads: Tensor, columns: int, width: int) -> dict[str, Any]:
+def _columns(pads: Tensor, columns: int, width: int) -> tuple[Tensor | None, Tensor]:
     """Mask and positions for the last ``width`` of ``columns`` columns; the mask only where it is needed."""
     column = torch.arange(columns)
-    inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-    inputs["position_ids"] = (column[-width:] - pads[:, None]).clamp(min=0)
-    if pads.any():
-        inputs["attention_mask"] = (column >= pads[:, None]).long()
-    return inputs
+    mask = (column >= pads[:, None]).long() if pads.any() else None
+    return mask, (column[-width:] - pads[:, None]).clamp(min=0)
 
 
 def _spread_cache(cache: DynamicCache, spread: Tensor, columns: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams, is_int, require
+from esamp_core.decoder_cache import check_padding, holds_nothing
 from esamp_core.decoder_graph import GraphMode, GraphPolicy
 from esamp_core.decoder_output import Output
 from esamp_core.decoder_run import CacheKind, Run
@@ -36,7 +37,7 @@ from esamp_core.decoder_text import (
     seeded_params,
     stop_token_ids_of,
 )
-from esamp_core.errors import ArgumentError
+from esamp_core.errors import ArgumentError, UnsupportedModelError
 from esamp_core.explorer import Explorer
 from esamp_core.taps import ModelParts, Tapped, Taps, check_head, find_parts
 
@@ -128,13 +129,14 @@ class Decoder:
             raise ArgumentError("config must be left out when an explorer is given, which has its own")
         self.model, self.tokenizer = model, tokenizer
         self.parts: ModelParts = find_parts(model, shallow_layer)
+        check_padding(self.parts)
         self.filter_order, self.max_candidates = filter_order, max_candidates
         self.config = self.parts.complete(config)
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
         the prompt's group, ("prompt", prompt_index)."""
-        self._head_checked = False
+        self._checked = False
         self._graphs = GraphPolicy(self.parts.device)
 
     @torch.inference_mode(False)  # a caller's: Distillers are updated in place
@@ -233,7 +235,7 @@ class Decoder:
             n,
             batch_rows,
             stop_ids,
-            self.check_head,
+            self._check_first,
             self._graphs if cache == "static" else None,
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
@@ -247,7 +249,12 @@ class Decoder:
                 output.close()
         return output.results()
 
-    def check_head(self, explorer: Explorer, tapped: Tapped) -> None:
-        """Once per model: the head that scores candidates must be the model's."""
-        if not self._head_checked:
-            self._head_checked = check_head(self.parts, explorer.head, tapped)
+    def _check_first(self, tapped: Tapped, cache: Any) -> None:
+        """Once per model: the forward uses what it is given, and the head that scores candidates is the model's."""
+        if self._checked:
+            return
+        name = type(self.parts.model).__name__
+        if holds_nothing(cache):
+            raise UnsupportedModelError(f"{name} was given a cache as {self.parts.cache_argument} and left it empty")
+        assert self.explorer is not None
+        self._checked = check_head(self.parts, self.explorer.head, tapped)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from esamp_core.errors import UnsupportedModelError
+from esamp_core.taps import HEAD_TOLERANCE, ModelParts
 
 # Layers that hold keys and values per column, or nothing but one state per row.
 _JOINABLE = (
@@ -25,6 +26,9 @@ _JOINABLE = (
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
 )
+
+
+_STATES = ("conv_states", "recurrent_states")  # of layers that hold one state per row
 
 
 class RowCache(DynamicCache):  # type: ignore[misc]
@@ -69,7 +73,7 @@ class RowCache(DynamicCache):  # type: ignore[misc]
             if getattr(mine, "keys", None) is not None:
                 mine.keys = torch.cat([mine.keys, theirs.keys])
                 mine.values = torch.cat([mine.values, theirs.values])
-            for states in ("conv_states", "recurrent_states"):
+            for states in _STATES:
                 for key, state in getattr(mine, states, {}).items():
                     if state is not None:
                         getattr(mine, states)[key] = torch.cat([state, getattr(theirs, states)[key]])
@@ -99,6 +103,45 @@ def static_cache(config: Any, length: int) -> StaticCache:
         for layer in cache.layers
     ]
     return cache
+
+
+def holds_nothing(cache: Any) -> bool:
+    """Whether the forwards that were given this cache have left it empty."""
+    states = [
+        state
+        for layer in cache.layers
+        for kept in (getattr(layer, "keys", None), *(getattr(layer, name, {}) for name in _STATES))
+        for state in (kept.values() if isinstance(kept, dict) else [kept])
+    ]
+    return not any(isinstance(state, Tensor) and state.numel() > 0 for state in states)
+
+
+@torch.no_grad()
+def check_padding(parts: ModelParts) -> None:
+    """A model that takes no position_ids must find its positions in the attention mask (alibi), or have none.
+
+    One that counts columns instead, or that misreads the mask of a row with a past, would give left-padded rows wrong
+    tokens; so a padded row is tried beside a plain one.  Raises UnsupportedModelError.
+    """
+    if "position_ids" in parts.accepts:
+        return
+    ids = (torch.arange(1, 5, device=parts.device) % parts.vocab_size)[None]
+    pads = 2
+    padded, mask = F.pad(ids, (pads, 0)), F.pad(torch.ones_like(ids), (pads, 0))
+    positions, cache = torch.zeros_like(padded), RowCache.of(parts.model.config)  # positions: not taken
+    cache.padded = True
+    lacks = f"{type(parts.model).__name__}.forward takes no position_ids, and"
+    try:
+        parts.model(**parts.inputs(padded[:, :-1], mask[:, :-1], positions, cache))
+        shifted = parts.model(**parts.inputs(padded[:, -1:], mask, positions, cache)).logits[:, -1].float()
+        plain = parts.model(input_ids=ids).logits[:, -1].float()
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # whatever a model trips over
+        raise UnsupportedModelError(f"{lacks} fails on a row that is padded on the left: {error}") from error
+    largest = plain.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    if not bool((plain - shifted).abs().max() <= HEAD_TOLERANCE[parts.head.weight.dtype] * largest):
+        raise UnsupportedModelError(
+            f"{lacks} padding on the left changes its logits: rows of different lengths cannot share a batch"
+        )
 
 
 def host_state(cache: Any) -> dict[str, object]:

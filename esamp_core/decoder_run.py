@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from esamp_core.decoder_batch import Batch, Receipt, to_device
 from esamp_core.decoder_cache import RowCache, static_cache
@@ -34,11 +33,11 @@ class Run:
         n: int,
         batch_rows: int,
         stop_ids: tuple[int, ...],
-        check_head: Callable[[Explorer, Tapped], None],
+        check_first: Callable[[Tapped, Any], None],
         waves: GraphPolicy | None,
     ) -> None:
-        """check_head: called with the first forward's states.  waves: of a static cache; None is a dynamic one."""
-        self._parts, self._explorer, self._check_head = parts, explorer, check_head
+        """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one."""
+        self._parts, self._explorer, self._check_first = parts, explorer, check_first
         self._queue, self._n, self._batch_rows = queue, n, batch_rows
         self._waves, self._static = waves, waves is not None
         self._steps: WaveSteps | None = None
@@ -116,7 +115,7 @@ class Run:
         rows = batch.rows
         tapped = taps.forward(
             on_shallow=(lambda shallow: self._explorer.predict(shallow, rows)) if batch.explores else None,
-            **self._inputs(batch.tokens[:, None], batch.attention_mask(), batch.positions[:, None], batch.cache),
+            **self._parts.inputs(batch.tokens[:, None], batch.attention_mask(), batch.positions[:, None], batch.cache),
         )
         return self._sample(batch, tapped)
 
@@ -138,14 +137,14 @@ class Run:
         config = self._parts.model.config
         cache = RowCache.of(config) if columns is None else static_cache(config, columns)
         tapped = taps.forward(
-            **self._inputs(
+            **self._parts.inputs(
                 to_device(token_ids, device).view(len(prompts), length),
                 (positions >= 0).long() if any(pads) else None,
                 positions.clamp(min=0),
                 cache,
             )
         )
-        self._check_head(self._explorer, tapped)
+        self._check_first(tapped, cache)
         origin = [i for i in range(len(prompts)) for _ in range(n)]
         spread = to_device(origin, device)
         if n > 1:
@@ -183,14 +182,3 @@ class Run:
         if self._waves is not None:
             self._steps = WaveSteps(lambda: self._eager_step(taps, batch), cache, self._explorer, self._waves)
         return receipt
-
-    def _inputs(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        return {name: value for name, value in inputs.items() if name in self._parts.accepts}

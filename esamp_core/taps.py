@@ -8,7 +8,8 @@ or a head that is read wrongly raises instead of silently steering by noise.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -48,6 +49,22 @@ class ModelParts:
     vocab_size: int  # rows of the input embedding
     device: torch.device
     accepts: frozenset[str]  # the arguments of the model's forward
+    cache_argument: str  # the one that takes the key-value cache
+
+    def inputs(self, token_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
+        """The arguments of a forward that reads and extends a cache and gives the last position's logits.
+
+        token_ids, positions: [B, T].  mask: [B, columns of the cache], None without padding.  What a model does not
+        name is left out: position_ids, where positions follow from the mask (``decoder_cache.check_padding``), and
+        use_cache and logits_to_keep, without which nothing but time is lost.
+        """
+        optional = {"position_ids": positions, "use_cache": True, "logits_to_keep": 1}
+        return {
+            "input_ids": token_ids,
+            "attention_mask": mask,
+            self.cache_argument: cache,
+            **{name: value for name, value in optional.items() if name in self.accepts},
+        }
 
     @property
     def hidden_size(self) -> int:
@@ -81,10 +98,11 @@ def _find_parts(model: Any, shallow_layer: int) -> ModelParts:
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no output embeddings (language-model head)")
     text_config = config.get_text_config(decoder=True)
-    accepts = _forward_arguments(model)
-    for argument in ("past_key_values", "attention_mask"):
-        if argument not in accepts:
-            raise UnsupportedModelError(f"{name}.forward takes no {argument}: it has no cache that rows could share")
+    arguments = _forward_arguments(model)
+    for argument in ("input_ids", "attention_mask"):
+        if argument not in arguments:
+            raise UnsupportedModelError(f"{name}.forward takes no {argument}")
+    cache = cache_argument(model)
     if model.training:
         raise ArgumentError("model must be in eval mode (call model.eval()), got a model in training mode")
     device = _single_device(model)
@@ -107,13 +125,32 @@ def _find_parts(model: Any, shallow_layer: int) -> ModelParts:
         context=getattr(text_config, "max_position_embeddings", None),
         vocab_size=embedding.weight.shape[0] if hasattr(embedding, "weight") else weight.shape[0],
         device=device,
-        accepts=accepts,
+        accepts=frozenset(arguments),
+        cache_argument=cache,
     )
 
 
-def _forward_arguments(model: Any) -> frozenset[str]:
+def _forward_arguments(model: Any) -> Mapping[str, inspect.Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper names no arguments
-    return frozenset(inspect.signature(base.forward).parameters)
+    return inspect.signature(base.forward).parameters
+
+
+def cache_argument(model: Any) -> str:
+    """The argument of a model's forward that takes a transformers ``Cache``.
+
+    "cache" since transformers 5.24, "past_key_values" before; code that comes with a model may have either.  XLM and
+    Flaubert before 5.24 call a dict "cache".  Raises UnsupportedModelError if there is none.
+    """
+    arguments = _forward_arguments(model)
+    if "past_key_values" in arguments:
+        return "past_key_values"
+    if "cache" in arguments:
+        annotation = arguments["cache"].annotation
+        if annotation is inspect.Parameter.empty or re.search(r"\bCache\b", str(annotation)):
+            return "cache"
+    raise UnsupportedModelError(
+        f"{type(model).__name__}.forward takes no key-value cache (cache or past_key_values), which rows would share"
+    )
 
 
 def _single_device(model: nn.Module) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,17 @@ from torch import nn
 from esamp_core.decoder import Decoder, generate
 from esamp_core.errors import UnsupportedModelError
 from esamp_core.sample import ArgumentError, Explorer, Head, SamplingParams
-from esamp_core.taps import Tapped, Taps, check_head, find_parts
-from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, build, one_thread  # noqa: F401
+from esamp_core.taps import Tapped, Taps, cache_argument, check_head, find_parts
+from tests.test_decoder_models import (  # noqa: F401
+    MODELS,
+    PROMPTS,
+    SIZES,
+    VOCAB,
+    build,
+    expected_greedy,
+    greedy,
+    one_thread,
+)
 
 
 def run(model: Any, parts: Any) -> Tapped:
@@ -105,7 +115,14 @@ class Bypass(hf.LlamaForCausalLM):  # type: ignore[misc]
 
     mode = "none"
 
-    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Any:
         layers = self.model.layers
         if self.mode == "skip":
             self.model.layers = layers[1:]
@@ -128,6 +145,116 @@ def test_tap_that_does_not_run_once_raises(mode: str, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         generate(model, PROMPTS[:1], max_new_tokens=2)
     assert not model.lm_head._forward_pre_hooks
+
+
+# --- the cache, the mask and the positions are taken, or the model is refused ----------------------------------------
+
+
+class Renamed(hf.LlamaForCausalLM):  # type: ignore[misc]
+    """Its forward as transformers up to 5.23 has it, or as code that comes with a model may."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None
+    ) -> Any:
+        return self.as_installed(input_ids, attention_mask, position_ids, past_key_values)
+
+    def as_installed(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any) -> Any:
+        name = cache_argument(build("llama"))
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **{name: cache}
+        )
+
+
+class RenamedAnew(Renamed):
+    """As transformers has it from 5.24 on."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: hf.Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        return self.as_installed(input_ids, attention_mask, position_ids, cache)
+
+
+@pytest.mark.parametrize("kind", [Renamed, RenamedAnew])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_cache_has_the_name_that_the_forward_gives_it(kind: Any, cache: Any) -> None:
+    model = kind(build("llama").config).eval()
+    model.load_state_dict(build("llama").state_dict())
+    options: dict[str, Any] = {"params": greedy(), "max_new_tokens": 8, "stop_token_ids": ()}
+    got = generate(model, PROMPTS, **options, cache=cache)
+    assert [list(g.token_ids) for g in got] == expected_greedy("llama", 8)
+
+
+def forward_with(**annotations: Any) -> Any:
+    """A Llama whose forward has just these arguments, and anything else as keywords."""
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a) for n, a in annotations.items()]
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
+
+    def forward(**kwargs: Any) -> Any:
+        raise AssertionError("is refused before it runs")
+
+    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    model.forward = forward
+    return model
+
+
+CACHE = "key-value cache"
+
+
+@pytest.mark.parametrize(
+    ("annotations", "lacks"),
+    [
+        (
+            {"input_ids": Any, "attention_mask": Any, "cache": "dict[str, Tensor] | None"},
+            "key-value cache",
+        ),  # XLM before 5.24
+        ({"input_ids": Any, "attention_mask": Any, "cache_params": Any}, CACHE),  # Mamba before 5.24
+        ({"input_ids": Any, "cache": "Cache | None"}, "attention_mask"),
+        ({"attention_mask": Any, "cache": "transformers.Cache"}, "input_ids"),
+    ],
+)
+def test_forward_that_takes_too_little_is_refused(annotations: dict[str, Any], lacks: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"LlamaForCausalLM.forward takes no {lacks}"):
+        find_parts(forward_with(**annotations))
+
+
+class Forgetful(hf.LlamaForCausalLM):  # type: ignore[misc]
+    """Takes a cache and does not use it: every step would begin anew."""
+
+    def forward(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None
+    ) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+class Narrow(hf.LlamaForCausalLM):  # type: ignore[misc]
+    """Takes no positions, and no mask that is wider than its input."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None) -> Any:
+        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids) * attention_mask[:, :, None])
+
+
+def columns_as_positions() -> Any:
+    """Bart's decoder places a token by how many columns come before it, padding or not."""
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4}
+    return hf.BartForCausalLM(hf.BartConfig(vocab_size=VOCAB, decoder_ffn_dim=48, max_position_embeddings=64, **sizes))
+
+
+def test_cache_that_stays_empty_is_refused() -> None:
+    model = Forgetful(hf.LlamaConfig(**SIZES)).eval()
+    with pytest.raises(UnsupportedModelError, match="Forgetful was given a cache as past_key_values and left it empty"):
+        generate(model, PROMPTS, max_new_tokens=2)
+
+
+def test_positions_that_padding_moves_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"BartForCausalLM.* no position_ids, and padding on the left"):
+        Decoder(columns_as_positions().eval())
+    with pytest.raises(UnsupportedModelError, match=r"Narrow.* no position_ids, and fails on a row that is padded"):
+        Decoder(Narrow(hf.LlamaConfig(**SIZES)).eval())
 
 
 # --- compiled models --------------------------------------------------------------------------------------------------
@@ -193,7 +320,7 @@ def test_model_without_head_is_refused() -> None:
 
 def test_model_without_cache_is_refused() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(UnsupportedModelError, match="takes no past_key_values"):
+    with pytest.raises(UnsupportedModelError, match="takes no key-value cache"):
         find_parts(hf.BertForMaskedLM(hf.BertConfig(vocab_size=20, **sizes)).eval())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esamp_core.bindings.hf import explore
 from esamp_core.sample import DistillerConfig, Draw, Explorer, SamplingParams
-from esamp_core.taps import find_parts
+from esamp_core.taps import cache_argument, find_parts
 from tests.test_decoder_models import PROMPTS, SIZES, VOCAB, build, one_thread  # noqa: F401
 from tests.test_hf import SAMPLED, STOP, assert_same, generated, padded, repeated, run
 
@@ -154,7 +154,8 @@ def test_continued_from_a_cache() -> None:
         processors = exploration.logits_processor
         first = model.generate(torch.tensor(PROMPTS[:1]), **options, logits_processor=processors)
         more = torch.cat([first.sequences, torch.tensor([[9, 10, 11]])], 1)
-        model.generate(more, past_key_values=first.past_key_values, **options, logits_processor=processors)
+        name = cache_argument(model)
+        model.generate(more, **{name: first[name]}, **options, logits_processor=processors)
         continued = exploration.draws
         model.generate(more, **options, logits_processor=processors)
     assert_same(continued, exploration.draws)

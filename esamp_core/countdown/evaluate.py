@@ -14,6 +14,7 @@ from torch import Tensor
 from esamp_core.countdown.data import prompt_ids
 from esamp_core.countdown.task import EOS, MAX_NEW_TOKENS, PAD, TOKEN_ID, WORDS, Problem, check
 from esamp_core.errors import ArgumentError
+from esamp_core.taps import cache_argument
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Evaluation:
 def sample_tokens(
     model: Any, prompts: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator
 ) -> Tensor:
-    """Plain sampling from a batch of prompts of equal length, with the model's own key/value cache.
+    """Plain sampling from a batch of prompts of equal length, with a key/value cache.
 
     Args:
         model: a transformers decoder.
@@ -54,13 +55,15 @@ def sample_tokens(
     Returns:
         New token ids [R, <= max_new_tokens] int64; after a row's end of sequence, padding.
     """
+    from transformers import DynamicCache
+
     rows = len(prompts)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     running = torch.ones(rows, dtype=torch.bool)
     drawn: list[Tensor] = []
-    cache, tokens = None, prompts
+    tokens = prompts
     for _ in range(max_new_tokens):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(input_ids=tokens, **cache, use_cache=True, logits_to_keep=1)
         chances = (output.logits[:, -1].float() / temperature).softmax(-1)
         chosen = torch.multinomial(chances, 1, generator=generator)[:, 0]
         drawn.append(torch.where(running, chosen, TOKEN_ID[PAD]))
