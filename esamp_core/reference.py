@@ -160,7 +160,8 @@ class _Tail(NamedTuple):
 
     def add_mass(self, mass: Tensor) -> Tensor:
         """log mass [R] of the listed tokens, and of the tail where there is one."""
-        return mass.index_copy(0, self.rows, torch.logaddexp(mass[self.rows], self.mass))
+        # Not torch.logaddexp: in a vector register it rounds otherwise than alone, and rows would depend on batchmates.
+        return mass.index_copy(0, self.rows, log_sum_exp(torch.stack([mass[self.rows], self.mass], -1)))
 
 
 # From z [m, V] (-inf: not in the tail), its log mass [m] and which rows [m] it is of: a number for each, and the token

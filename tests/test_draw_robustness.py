@@ -67,6 +67,26 @@ def test_independent_of_batchmates(cap: int, dtype: torch.dtype) -> None:
         assert_same(go(part), Draw(*(field[part] for field in whole)))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_capped_rows_are_independent_of_how_many_there_are(seed: int) -> None:
+    """More of them than any vector register holds: what is left over is computed one by one, perhaps by other code."""
+    rows, vocab = 70, 40
+    g = torch.Generator().manual_seed(seed)
+    logits, direction = torch.randn(rows, vocab, generator=g), torch.randn(rows, 8, generator=g)
+    params, head = RowParams.of(SamplingParams(beta=0.5), rows, "cpu"), Head(torch.randn(vocab, 8, generator=g))
+    seeds = row_seeds(torch.full((rows,), seed), torch.arange(rows))
+
+    def go(part: Tensor) -> Draw:
+        return explore(
+            logits[part], params.take(part), seeds[part], 0, direction=direction[part], head=head, max_candidates=5
+        )
+
+    whole = go(torch.arange(rows))
+    assert (whole.status == Status.CAPPED).all()
+    for part in torch.arange(rows).split(1):
+        assert_same(go(part), Draw(*(field[part] for field in whole)))
+
+
 @pytest.mark.parametrize("cap", [3, 256])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), NEG_INF])
 def test_bad_numbers_stay_in_their_row(cap: int, poison: float) -> None:
