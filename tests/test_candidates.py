@@ -85,7 +85,7 @@ def compare(
 def test_small_vocabularies(vocab: int, order: str) -> None:
     logits = torch.cat([make_rows(kind, 4, vocab) for kind in (*KINDS, "pos_inf")])
     # A one-token nucleus has no mass to round, and a small vocabulary has next to no token at the edge.
-    differing = sum(compare(logits, filters, order, cap) for filters in FILTERS for cap in (1, 16, 256))
+    differing = sum(max(compare(logits, filters, order, cap) for cap in (1, 16, 256)) for filters in FILTERS)
     assert differing <= 3
 
 

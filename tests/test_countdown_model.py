@@ -74,8 +74,10 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> None
     assert saved[0] == saved[1]
     assert all(losses[key] == loss for key, loss in again.items())
     assert losses["supervised", 8] < losses["supervised", 1] - 0.3  # it does learn
+    threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="seed"):
-        train(TrainConfig(seed=5), tmp_path / "parts")
+        train(TrainConfig(seed=5, threads=threads + 1), tmp_path / "parts")
+    assert torch.get_num_threads() == threads  # the caller's, whatever happens
 
 
 def test_another_seed_without_phase_two_is_another_model(tmp_path: Path) -> None:

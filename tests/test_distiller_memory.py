@@ -91,7 +91,8 @@ def test_tokens_teach_their_head_rows(
         results.append(to("cpu", state)[0])
     assert results[0].updates.tolist() == results[1].updates.tolist() == [1, 1, 0]
     for a, b in zip(tensors(results[0]), tensors(results[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+        # The targets differ in a last bit, and a weight by its rate times that: relative to what the tensor holds.
+        assert (a.double() - b.double()).abs().max() <= 1e-6 * b.double().abs().max()
 
 
 @pytest.mark.parametrize("head", ["none", "shard", "wide", "for numbers"])

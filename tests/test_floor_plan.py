@@ -235,7 +235,7 @@ def import_without(blocked: Iterable[str], statement: str) -> subprocess.Complet
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
 def test_sample_needs_no_optional_package() -> None:

@@ -57,6 +57,13 @@ class Differences:
     rows = differed = 0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_rows_differed() -> Iterator[None]:
+    """Of those that were compared in this process."""
+    yield
+    assert Differences.differed <= max(2, Differences.rows // 50), (Differences.differed, Differences.rows)
+
+
 @settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "40")))
 @given(
     kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=4),
@@ -73,11 +80,6 @@ def test_candidates(
     params = make_params(seed, len(kinds), vocab)
     Differences.rows += len(kinds)
     Differences.differed += compare(logits, params, filter_order, cap, device)
-
-
-def test_few_rows_differed() -> None:
-    print(f"{Differences.differed} of {Differences.rows} rows differed within 1e-5 of top-p")
-    assert Differences.differed <= max(2, Differences.rows // 50)
 
 
 @pytest.mark.parametrize("filter_order", ORDERS)
@@ -169,8 +171,8 @@ def test_no_rows(device: str) -> None:
 
 @pytest.mark.slow
 def test_many_rows(device: str) -> None:
-    """In the interpreter, at 20 ms a row, only every 16th of the 4096 is active."""
-    rows = 4096
+    """The interpreter runs one program after the other, 10 ms each: fewer rows there, every 16th of which is active."""
+    rows = 4096 if torch.cuda.is_available() else 1024
     kinds = [ROW_KINDS[i % len(ROW_KINDS)] for i in range(rows)]
     active = (torch.arange(rows) % 16 == 5) | torch.tensor(torch.cuda.is_available())
     compare(make_rows(kinds, 128, 6), make_params(6, rows, 128), "transformers", 4, device, active)

@@ -87,7 +87,15 @@ def train(config: TrainConfig, out: Path, on_step: loop.OnStep = lambda phase, d
     Raises:
         ArgumentError: ``out`` holds a run with other settings.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
+    try:
+        return _train(config, out, on_step)
+    finally:
+        torch.set_num_threads(threads)  # the caller's, whatever happened
+
+
+def _train(config: TrainConfig, out: Path, on_step: loop.OnStep) -> loop.Progress:
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     checkpoints = loop.Checkpoints(work / "checkpoint.pt", asdict(config), datetime.date.today().isoformat())
