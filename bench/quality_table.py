@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from esamp_core.errors import ArgumentError
 from esamp_core.metrics import Difference, paired_bootstrap, pass_at_k
-from esamp_core.report import Curve, PromptSamples, RunFile, SampleText, StepSeries
+from esamp_core.report import ESTIMATED_KL, Curve, PromptSamples, RunFile, SampleText, StepSeries
 
 KS = (1, 2, 4, 8, 16, 32)
 REFERENCES = ("vanilla", "min-p .05")  # what every other sampler is compared with
@@ -260,4 +260,5 @@ def write_run_json(results: Results, path: Path, shown: int = 8) -> None:
         prompts=[PromptSamples(prompt, samples) for prompt, samples in prompts.items()],
         curves=curves,
         steps=steps,
+        kl_is=ESTIMATED_KL,
     ).write(path)

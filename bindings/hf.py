@@ -16,7 +16,9 @@ that cannot explore (beams, assistant models, ...) are refused.  Both are in ``h
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import operator
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
@@ -36,13 +38,13 @@ from esamp_core.bindings.hf_generate import (
     differing_filters,
     requested_params,
 )
-from esamp_core.checks import check_options
+from esamp_core.checks import check_hashables, check_options
 from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams
 from esamp_core.decoder_text import seeded_params
 from esamp_core.errors import ArgumentError, EsampError, StateError, UnsupportedModelError
 from esamp_core.explorer import Explorer
 from esamp_core.rows import Rows
-from esamp_core.structures import Draw
+from esamp_core.structures import Draw, Status, warn_of_bad_numbers
 from esamp_core.taps import Tapped, check_head, find_parts
 
 _explored: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -107,7 +109,8 @@ class Exploration:
         check_options(filter_order, max_candidates)
         self._parts = find_parts(model, shallow_layer)
         self._base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
-        self._params, self._groups = params, groups
+        self._params = params
+        self._groups = None if groups is None else check_hashables("groups", groups)
         self._config = self._parts.complete(config)
         self._filter_order, self._max_candidates = filter_order, max_candidates
         self._given = explorer
@@ -283,6 +286,7 @@ class Exploration:
         if self._run is not None and self._run.open:
             self._run.open = False
             self._run.explorer.close(self._run.rows)
+            warn_of_bad_numbers(self._run.statuses())
 
 
 class _Processor(LogitsProcessor):
@@ -311,6 +315,11 @@ class _Run:
     predicted: bool = False
     open: bool = True
     draws: list[Draw] = field(default_factory=list)
+
+    def statuses(self) -> list[int]:
+        """Status flags of every row's steps, as long as it drew."""
+        steps = torch.stack([draw.status for draw in self.draws], 1).tolist() if self.draws else []
+        return [functools.reduce(operator.or_, (s for s in row if not s & Status.INACTIVE), 0) for row in steps]
 
     def forced(self, token_ids: Tensor, scores: Tensor) -> Tensor:
         """[R, V] logits that leave only the drawn tokens; switches off the rows that these end."""

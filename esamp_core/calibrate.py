@@ -293,8 +293,9 @@ def run_calibrate(
     config: CalibrationConfig,
 ) -> None:
     """The command.  Raises ArgumentError."""
-    from esamp_core.generate import load_model, read_prompts
+    from esamp_core.cli_generate import check_writable, load_model, read_prompts
 
+    check_writable(out, "--out")
     prompts = read_prompts([], prompts_file)
     model, tokenizer = load_model(model_name, dtype, device)
     context = getattr(model.config, "max_position_embeddings", None)

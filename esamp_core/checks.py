@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -37,6 +37,31 @@ def check_tensor(
         sizes = ", ".join("any" if s is None else str(s) for s in shape)
         where = "" if device is None else f" on {device}"
         raise ArgumentError(f"{name} must be a {kind} tensor [{sizes}]{where}, got {describe(value)}")
+
+
+def check_hashables(name: str, values: object, rows: int | None = None) -> list[Hashable | None]:
+    """A hashable per row, as a list: a text is one name and not a row per letter, a tensor's elements are numbers."""
+    if isinstance(values, Tensor) and values.dim() == 1 and values.device.type == "cpu":
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping, Set, Tensor)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{name} must be a list with one entry per row, got {describe(values)}")
+    entries = list(values)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Tensor) or not _has_hash(entry):  # a tensor is hashed by identity
+            raise ArgumentError(
+                f"{name}[{i}] must be None or hashable, as a number or a text is, got {describe(entry)}"
+            )
+    if rows is not None and len(entries) != rows:
+        raise ArgumentError(f"{name} must have one entry per row ({rows}), got {len(entries)}")
+    return entries
+
+
+def _has_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def generate(
     run_json: Annotated[Path | None, typer.Option(help="Also write a run file for `esamp report`.")] = None,
 ) -> None:
     """Sample every prompt n times and write one JSON object per sample."""
-    from esamp_core.generate import run_generate
+    from esamp_core.cli_generate import run_generate
 
     params = SamplingParams(temperature, top_k, top_p, min_p, beta, seed, stratified)
     run_generate(
@@ -150,10 +151,16 @@ def doctor() -> None:
     run_doctor(Console())
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"esamp: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main() -> None:
-    """Entry point: what the user can mend is one line on stderr, never a traceback."""
+    """Entry point: what the user can mend, and every warning, is one line on stderr, never a traceback."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]  # of its arguments we need the first
+            app()
     except EsampError as error:
         kind = "error" if isinstance(error, ArgumentError) else type(error).__name__
         print(f"esamp: {kind}: {' '.join(str(error).split())}", file=sys.stderr)

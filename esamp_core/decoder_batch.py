@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esamp_core.decoder_text import Sample
+from esamp_core.decoder_text import Drawn, Sample
 from esamp_core.rows import Rows
 from esamp_core.structures import Draw
 
@@ -28,18 +28,21 @@ class Receipt:
 
     def __init__(self, samples: Sequence[Sample], draw: Draw) -> None:
         self.samples = tuple(samples)
-        numbers = torch.stack([draw.logprob, draw.base_logprob, draw.novelty])
-        self._ids, self._numbers = _to_host(draw.token_ids), _to_host(numbers)
+        numbers = torch.stack([draw.logprob, draw.base_logprob, draw.novelty, draw.kl])
+        self._integers = _to_host(torch.stack([draw.token_ids, draw.count, draw.status.long()]))
+        self._numbers = _to_host(numbers)
         self._arrived: Any = None
         if numbers.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(numbers.device))
 
-    def read(self) -> tuple[list[int], list[list[float]]]:
-        """Token ids [R], and their logprob, base_logprob and novelty [3][R].  Waits until they have arrived."""
+    def read(self) -> list[Drawn]:
+        """What was drawn, row by row.  Waits until it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._ids.tolist(), self._numbers.tolist()
+        token_ids, count, status = self._integers.tolist()
+        logprob, base_logprob, novelty, kl = self._numbers.tolist()
+        return list(map(Drawn, token_ids, logprob, base_logprob, novelty, kl, count, status))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from esamp_core.decoder_batch import Receipt
 from esamp_core.decoder_text import Generation, Sample, TextStream, Token
+from esamp_core.structures import warn_of_bad_numbers
 
 REFRESH_SECONDS = 0.5
 
@@ -33,12 +34,14 @@ class Output:
         self._on_token, self._on_result = on_token, on_result
         self._streams: dict[tuple[int, int], TextStream] = {}
         self._results: list[Generation | None] = [None] * (prompts * samples)
+        self._statuses: list[int] = []  # of finished samples
         self._tokens, self._started = 0, time.perf_counter()
         self._shown = self._started
         self._bar = logging.tqdm(total=len(self._results), unit="sample") if progress else None
 
     def results(self) -> list[Generation]:
-        """All generations, a prompt's samples side by side."""
+        """All generations, a prompt's samples side by side.  Warns of numbers that were not finite."""
+        warn_of_bad_numbers(self._statuses)
         return [result for result in self._results if result is not None]
 
     def close(self) -> None:
@@ -48,18 +51,14 @@ class Output:
     def receive(self, receipt: Receipt) -> list[Sample]:
         """Take one step's tokens; returns the samples that a stop string ended, which the device does not know."""
         ended_here = []
-        token_ids, (logprobs, base_logprobs, novelty) = receipt.read()
-        for i, sample in enumerate(receipt.samples):
+        for sample, drawn in zip(receipt.samples, receipt.read(), strict=True):
             if sample.finish_reason is not None:  # what it drew since then is thrown away
                 continue
-            token = token_ids[i]
+            sample.take(drawn)
+            token = drawn.token_id
             if token < 0:
                 sample.finish_reason = "empty"
             else:
-                sample.token_ids.append(token)
-                sample.logprobs.append(logprobs[i])
-                sample.base_logprobs.append(base_logprobs[i])
-                sample.novelty.append(novelty[i])
                 self._tokens += 1
                 if token in self._stop_ids:
                     sample.finish_reason, sample.stop_reason = "stop", token
@@ -99,10 +98,12 @@ class Output:
             self._streams.pop((sample.prompt.index, sample.index), None)
         if self._on_token is not None and token >= 0:
             piece = "" if stream is None else stream.piece(finished)
-            numbers = (sample.logprobs[-1], sample.base_logprobs[-1], sample.novelty[-1])
+            last = sample.drawn[-1]
+            numbers = (last.logprob, last.base_logprob, last.novelty)
             self._on_token(Token(sample.prompt.index, sample.index, token, piece, *numbers))
         if finished:
             result = sample.generation(text)
+            self._statuses.append(sample.status)
             self._results[sample.prompt.index * self._samples + sample.index] = result
             if self._on_result is not None:
                 self._on_result(result)

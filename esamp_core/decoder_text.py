@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from esamp_core.config import SamplingParams, is_int
-from esamp_core.errors import ArgumentError
+from esamp_core.errors import ArgumentError, EncodingError
 
 FinishReason = Literal["stop", "length", "empty"]
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -42,6 +42,9 @@ class Generation:
     logprobs: tuple[float, ...]  # nats, of the distribution that was sampled
     base_logprobs: tuple[float, ...]  # nats, of the model's own, temperature 1
     novelty: tuple[float, ...]  # logit units
+    kl: tuple[float, ...]  # nats, of the distribution that was sampled from the model's on the same candidates
+    count: tuple[int, ...]  # candidates that the filters kept
+    status: tuple[int, ...]  # Status flags; 0 is an ordinary draw
     finish_reason: FinishReason  # "empty": the model left no token that could be drawn
     stop_reason: int | str | None  # the stop token or stop string that ended it
     seed: int  # the request seed of the prompt: SamplingParams(seed=...) that repeats this prompt alone
@@ -58,18 +61,36 @@ class Prompt:
     budget: int  # most tokens to draw
 
 
+class Drawn(NamedTuple):
+    """One row of a :class:`~esamp_core.structures.Draw`, on the host."""
+
+    token_id: int
+    logprob: float
+    base_logprob: float
+    novelty: float
+    kl: float
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
+    status: int
+
+
 @dataclass
 class Sample:
     """One running row, as far as the host has seen it."""
 
     prompt: Prompt
     index: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    base_logprobs: list[float] = field(default_factory=list)
-    novelty: list[float] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # those of drawn, for decoding
+    status: int = 0  # Status flags of all steps, those without a token too
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    def take(self, drawn: Drawn) -> None:
+        """One step's outcome; without a token nothing is kept but what the status says."""
+        self.status |= drawn.status
+        if drawn.token_id >= 0:
+            self.drawn.append(drawn)
+            self.token_ids.append(drawn.token_id)
 
     def generation(self, text: str | None) -> Generation:
         assert self.finish_reason is not None and self.prompt.params.seed is not None
@@ -80,9 +101,12 @@ class Sample:
             prompt_token_ids=self.prompt.token_ids,
             text=text,
             token_ids=tuple(self.token_ids),
-            logprobs=tuple(self.logprobs),
-            base_logprobs=tuple(self.base_logprobs),
-            novelty=tuple(self.novelty),
+            logprobs=tuple(d.logprob for d in self.drawn),
+            base_logprobs=tuple(d.base_logprob for d in self.drawn),
+            novelty=tuple(d.novelty for d in self.drawn),
+            kl=tuple(d.kl for d in self.drawn),
+            count=tuple(d.count for d in self.drawn),
+            status=tuple(d.status for d in self.drawn),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             seed=self.prompt.params.seed,
@@ -114,7 +138,7 @@ def read_prompts(
             if isinstance(prompt, str):
                 if tokenizer is None:
                     raise ArgumentError(f"tokenizer must be given for prompts of text, got None for {prompt[:40]!r}")
-                read.append((prompt, tuple(tokenizer(prompt)["input_ids"])))
+                read.append((prompt, _encode(tokenizer, prompt, number)))
             elif isinstance(prompt, (list, tuple)) and all(is_int(i) for i in prompt):
                 read.append((None, tuple(prompt)))
             else:
@@ -131,6 +155,15 @@ def read_prompts(
                 f"prompts[{number}] must hold token ids in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}"
             )
     return read
+
+
+def _encode(tokenizer: Any, prompt: str, number: int) -> tuple[int, ...]:
+    try:
+        return tuple(tokenizer(prompt)["input_ids"])
+    except Exception as error:  # of any class: a word-level tokenizer without an unknown token raises a bare Exception
+        raise EncodingError(
+            f"prompts[{number}] must be a text that the tokenizer can encode, got {prompt[:40]!r}: {error}"
+        ) from error
 
 
 def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
@@ -153,7 +186,7 @@ def stop_token_ids_of(model: nn.Module, given: Sequence[int] | None) -> tuple[in
     if given is None:
         eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         given = () if eos is None else [eos] if is_int(eos) else eos
-    if not all(is_int(i) and i >= 0 for i in given):
+    if not isinstance(given, Sequence) or not all(is_int(i) and i >= 0 for i in given):
         raise ArgumentError(f"stop_token_ids must be integers >= 0, got {given!r}")
     return tuple(given)
 

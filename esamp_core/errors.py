@@ -21,5 +21,9 @@ class StateError(EsampError, RuntimeError):
     """
 
 
+class EncodingError(ArgumentError):
+    """A prompt that the tokenizer cannot encode."""
+
+
 class UnsupportedModelError(EsampError, TypeError):
     """The model's architecture, or a feature asked of it, is not supported; the message says which and why."""

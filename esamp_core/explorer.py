@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esamp_core import ops
-from esamp_core.checks import check_logits, check_options, check_tensor
+from esamp_core.checks import check_hashables, check_logits, check_options, check_tensor
 from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams, is_int, require
 from esamp_core.dispatch import backend_name
 from esamp_core.distiller import DistillerBank, GroupStats, OnFull
@@ -105,7 +105,7 @@ class Explorer:
 
         Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
         """
-        groups = list(groups)
+        groups = check_hashables("groups", groups)
         count = len(groups)
         per_row = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
         columns = RowParams.of(per_row, count, self._device)
@@ -114,7 +114,7 @@ class Explorer:
             if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
                 raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
         if sets is not None:
-            require(len(sets) == count, "sets", f"have one entry per row ({count})", len(sets))
+            sets = check_hashables("sets", sets, count)
         if any(p.stratified and at for p, at in zip(per_row, positions, strict=True)):
             raise ArgumentError(f"position must be 0 for stratified rows: their codes are not kept, got {position!r}")
         if self._open_rows + count > self.max_rows:

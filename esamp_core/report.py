@@ -54,22 +54,33 @@ class Curve:
 
 @dataclass(frozen=True)
 class StepSeries:
-    """Per decode step: KL of the sampled distribution from the model's, in nats, and the Distiller's relative error."""
+    """Per decode step: KL (``RunFile.kl_is`` says of what from what) and the Distiller's relative error, means."""
 
     sampler: str
     kl: list[float]
     loss: list[float]
 
 
+EXACT_KL = (
+    "Of the distribution that was drawn from, from the model's own over the same candidates at the same temperature; "
+    "nats, exact, mean over samples."
+)
+ESTIMATED_KL = (
+    "log p - log p(model) of what was drawn, the model's at temperature 1 over all tokens; nats. Its mean over samples "
+    "estimates the KL and can be negative."
+)
+
+
 @dataclass(frozen=True)
 class RunFile:
-    """What a report shows."""
+    """What a report shows.  kl_is: what the steps' KL is, a sentence."""
 
     title: str
     about: dict[str, str] = field(default_factory=dict)
     prompts: list[PromptSamples] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     steps: list[StepSeries] = field(default_factory=list)
+    kl_is: str = ESTIMATED_KL
 
     def write(self, path: Path) -> None:
         content = {"schema": SCHEMA, **asdict(self)}
@@ -96,6 +107,7 @@ class RunFile:
                 ],
                 curves=[Curve(**c) for c in content["curves"]],
                 steps=[StepSeries(**s) for s in content["steps"]],
+                kl_is=str(content.get("kl_is", ESTIMATED_KL)),  # files of before had no other
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(f"{path} is not a complete run file: {error}") from None

@@ -66,8 +66,7 @@ def page(run: RunFile) -> str:
         parts.append(_section("Distiller error per step", _chart(losses, "step", "relative squared error"), ""))
     divergences = [Line(s.sampler, [*range(1, len(s.kl) + 1)], s.kl) for s in run.steps if s.kl]
     if divergences:
-        text = "Of the distribution that was drawn from, from the model's own at temperature 1, in nats."
-        parts.append(_section("KL per step", _chart(divergences, "step", "KL, nats"), text))
+        parts.append(_section("KL per step", _chart(divergences, "step", "KL, nats"), run.kl_is))
     if run.prompts:
         parts.append("<h2>Samples</h2>")
         scale = _novelty_edges(run.prompts)

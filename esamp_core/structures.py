@@ -5,6 +5,7 @@ R rows (running sequences), V vocabulary, H hidden size, C scored candidates, r 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
@@ -27,6 +28,22 @@ class Status(IntFlag):
     INVALID_PARAMS = 16  # a per-row parameter tensor held a value out of range: token_ids is -1
     NONFINITE_NOVELTY = 32  # the direction gave inf or NaN: the row was sampled without exploration
     INACTIVE = 64  # the row's active mask was off: nothing was drawn, token_ids is -1
+
+
+_BAD_NUMBERS = {
+    Status.NAN_LOGITS: "had logits that are NaN, which count as -inf",
+    Status.POS_INF_LOGITS: "had logits of +inf, and drew among those alone",
+    Status.EMPTY: "had no logit above -inf, and ended",
+    Status.NONFINITE_NOVELTY: "had novelty that is not finite, and drew without exploration",
+}
+
+
+def warn_of_bad_numbers(statuses: Sequence[int]) -> None:
+    """One warning if any sample met numbers that are not finite.  statuses: Status flags of all of a sample's steps."""
+    found = {flag: sum(bool(status & flag) for status in statuses) for flag in _BAD_NUMBERS}
+    texts = [f"{n} {_BAD_NUMBERS[flag]} (Status.{flag.name})" for flag, n in found.items() if n]
+    if texts:
+        warnings.warn(f"of {len(statuses)} samples " + "; ".join(texts), stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from torch import Tensor
 
 from esamp_core import cli
+from esamp_core.sample import Draw, Explorer, Rows, Status
 
 
 class Finished(NamedTuple):
@@ -146,6 +148,17 @@ MISTAKES = [
     (("generate", "x", "--device", "abacus"), "--device must"),
     (("generate", "1 2 3 4 -> 24 : " + "1 " * 200), "prompt"),
     (("demo", "--beta", "nan"), "beta must"),
+    (("generate", "Hello"), "the embedded model reads '3 7 3 5 -> 41 :'"),
+    (("generate", "3 7 3 5 -> 41 :", "2 + 2 is", "-n", "2"), "prompts[1] must be a text that the tokenizer can encode"),
+    (("generate", "3 7 3 5 -> 41 :", "--stop", ""), "stop_strings must"),
+]
+# What cannot be written is said before a model is loaded.
+UNWRITABLE = [
+    (("generate", "3 7 3 5 -> 41 :", "--run-json", "no/such/folder/run.json"), "--run-json cannot be written"),
+    (("generate", "3 7 3 5 -> 41 :", "--run-json", "."), "--run-json cannot be written: .: is a folder"),
+    (("generate", "3 7 3 5 -> 41 :", "--out", "no/such/folder/out.jsonl"), "--out cannot be written"),
+    (("calibrate", "--prompts", __file__, "--out", "no/such/folder/d.safetensors"), "--out cannot be written"),
+    (("calibrate", "--prompts", __file__, "--out", os.curdir), "--out cannot be written: .: is a folder"),
 ]
 
 
@@ -155,6 +168,34 @@ def test_mistakes_are_one_clear_line(arguments: tuple[str, ...], message: str, e
     assert run.returncode == 2
     assert run.stderr.startswith("esamp: error: ") and run.stderr.count("\n") == 1, run.stderr
     assert message in run.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNWRITABLE)
+def test_unwritable_files_are_said_first(
+    arguments: tuple[str, ...], message: str, esamp: Esamp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("esamp_core.cli_generate.load_model", load_model)
+    run = esamp(*arguments)
+    assert run.returncode == 2 and run.stderr.startswith(f"esamp: error: {message}") and run.stderr.count("\n") == 1
+
+
+def test_a_warning_is_one_clear_line(esamp: Esamp, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Explorer.sample
+
+    def spoiled(self: Explorer, logits: Tensor, rows: Rows) -> Draw:
+        logits[:, -1] = float("nan")
+        return original(self, logits, rows)
+
+    monkeypatch.setattr(Explorer, "sample", spoiled)
+    run = esamp("generate", "3 7 3 5 -> 41 :", "-n", "2", "--max-new-tokens", "3")
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 2
+    assert (
+        run.stderr.startswith("esamp: warning: of 2 samples 2 had logits that are NaN") and run.stderr.count("\n") == 1
+    )
+    assert json.loads(run.stdout.splitlines()[0])["status"] == [int(Status.NAN_LOGITS)] * 3
 
 
 def test_wrong_backend_is_one_clear_line(esamp: Esamp) -> None:

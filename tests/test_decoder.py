@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 from esamp_core.decoder import Decoder, Generation, Token, generate
-from esamp_core.sample import DistillerConfig, Explorer, SamplingParams
+from esamp_core.sample import DistillerConfig, Draw, Explorer, Rows, SamplingParams, Status
 from esamp_core.taps import find_parts
 from tests.test_decoder_models import (  # noqa: F401
     PROMPTS,
@@ -172,7 +172,8 @@ def test_empty() -> None:
     spoiled = want[1][2]
     handle = model.register_forward_hook(spoil)
     try:
-        got = generate(model, PROMPTS, words(), params=greedy(), max_new_tokens=6, stop_token_ids=())
+        with pytest.warns(UserWarning, match="logits that are NaN"):
+            got = generate(model, PROMPTS, words(), params=greedy(), max_new_tokens=6, stop_token_ids=())
     finally:
         handle.remove()
     assert got[1].finish_reason == "empty" and list(got[1].token_ids) == want[1][: want[1].index(spoiled)]
@@ -182,7 +183,49 @@ def test_empty() -> None:
             assert list(got[i].token_ids) == want[i]
 
 
+def test_numbers_that_are_not_finite_are_kept_and_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Explorer.sample
+
+    def spoiled(self: Explorer, logits: Tensor, rows: Rows) -> Draw:
+        for i, (index, position) in enumerate(zip(rows.sample_index, rows.positions.tolist(), strict=True)):
+            if position == 1 and index == 0:
+                logits[i, 7] = float("nan")
+            if position == 1 and index == 2:
+                logits[i] = -float("inf")
+        return original(self, logits, rows)
+
+    monkeypatch.setattr(Explorer, "sample", spoiled)
+    options: dict[str, Any] = {"n": 3, "params": SamplingParams(seed=1), "max_new_tokens": 3, "stop_token_ids": ()}
+    message = "of 3 samples 1 had logits that are NaN, .*; 1 had no logit above -inf, and ended"
+    with pytest.warns(UserWarning, match=message):
+        nan, plain, empty = generate(build("llama"), PROMPTS[:1], **options)
+    assert nan.status == (0, Status.NAN_LOGITS, 0) and plain.status == (0, 0, 0)
+    assert empty.status == (0,) and empty.finish_reason == "empty"
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field of every token, with rows that join and leave; what the numbers are, test_draw holds."""
+    drawn: dict[tuple[Any, int], list[tuple[Any, ...]]] = {}
+    original = Explorer.sample
+
+    def noted(self: Explorer, logits: Tensor, rows: Rows) -> Draw:
+        draw = original(self, logits, rows)
+        for group, index, *fields in zip(rows.groups, rows.sample_index, *(t.tolist() for t in draw), strict=True):
+            if fields[0] >= 0:
+                drawn.setdefault((group, index), []).append(tuple(fields))
+        return draw
+
+    monkeypatch.setattr(Explorer, "sample", noted)
+    params = SamplingParams(seed=5, beta=0.5, top_k=7)
+    options: dict[str, Any] = {"n": 3, "max_new_tokens": 9, "stop_token_ids": STOP, "max_batch_rows": 6}
+    got = generate(build("llama"), PROMPTS, params=params, **options)
+    for g in got:
+        columns = (g.token_ids, g.logprobs, g.base_logprobs, g.novelty, g.kl, g.count, g.status)
+        assert list(zip(*columns, strict=True)) == drawn[("prompt", g.prompt_index), g.sample_index]
+    assert {n for g in got for n in g.count} == {7} and any(kl > 0 for g in got for kl in g.kl)
 
 
 def test_logprobs_are_those_of_a_full_forward() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from explorer_helpers import HIDDEN, PARAMS, VOCAB, logits_of, make, step, taps
@@ -121,6 +122,20 @@ def test_keep_refuses_nonsense(which: object) -> None:
 
 def test_open_refuses_nonsense_and_opens_nothing() -> None:
     explorer = make(max_groups=2)
+    for name in ("groups", "sets"):
+        for entry in (
+            "p0",
+            b"p0",
+            {"a", "b"},
+            {"a": 1, "b": 2},
+            7,
+            torch.zeros(2, 1),
+            [["a"], ["b"]],
+            [torch.ones(1)] * 2,
+        ):
+            # A text is not a list of groups with names of one letter, and a tensor is hashed by identity.
+            with pytest.raises(ArgumentError, match=rf"{name}(\[0\])? must"):
+                explorer.open(**{"groups": ["a", "b"], name: entry})  # type: ignore[arg-type]
     for bad in (
         lambda: explorer.open(["a"], [PARAMS, PARAMS]),
         lambda: explorer.open(["a"], sample_index=[0, 1]),
@@ -135,6 +150,14 @@ def test_open_refuses_nonsense_and_opens_nothing() -> None:
         explorer.open(["a"] * 33, PARAMS)
     assert explorer.stats() == {}
     assert "0/2 groups, 0/32 rows" in repr(explorer)
+
+
+def test_groups_may_come_as_numbers() -> None:
+    explorer = make()
+    for groups in (torch.tensor([3, 5, 3]), np.array([3, 5, 3]), range(3, 6), (g for g in (3, None, "x"))):
+        rows = explorer.open(groups, PARAMS)  # type: ignore[arg-type]
+        assert len(rows) == 3 and rows.groups[0] == 3 and explorer.stats().keys() == set(rows.groups) - {None}
+        explorer.close(rows)
 
 
 def test_close_after_an_exception_in_a_step() -> None:

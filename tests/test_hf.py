@@ -18,7 +18,9 @@ from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, Spy, build,
 
 STOP = tuple(range(3, 27))
 GREEDY = SamplingParams(temperature=0.0, seed=3)
-SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, seed=5)
+# No token's cumulative mass is within 1e-4 of this top-p where it is used: at 0.95 one came within 2e-7, and rounding,
+# which differs between two ways to run a model and between CPUs, would have decided.
+SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=5)
 
 
 def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
@@ -229,7 +231,8 @@ class Ban(hf.LogitsProcessor):  # type: ignore[misc]
 
 
 def test_row_with_nothing_to_draw_ends() -> None:
-    with explore(build("llama"), seed=2) as exploration:
+    message = r"of 4 samples 1 had no logit above -inf, and ended \(Status.EMPTY\)"
+    with pytest.warns(UserWarning, match=message), explore(build("llama"), seed=2) as exploration:
         inputs = padded(PROMPTS)
         out = build("llama").generate(
             **inputs,

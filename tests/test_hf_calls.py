@@ -6,6 +6,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_groups_of_the_caller() -> None:
     _, apart = generated(build("llama"), prompts, params=SAMPLED, groups=["a", "b", "c", "d"])
     assert not torch.equal(shared.novelty, apart.novelty)
     for i in range(2):  # alone with its own seed, a row does what it does beside others
-        alone = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, seed=5 + i)
+        alone = replace(SAMPLED, seed=5 + i)
         _, single = generated(build("llama"), [prompts[i]], params=alone, max_new_tokens=4)
         assert_same(Draw(*(x[i : i + 1, :4] for x in apart)), single)
     with pytest.raises(ValueError, match=r"groups must be one per row of generate, 4 .*got \['a'\]"):

@@ -157,6 +157,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"max_candidates": 0}, "max_candidates must be"),
     ({"filter_order": "mine"}, "filter_order must be"),
     ({"explorer": Explorer(find_parts(build("llama")).head, 32), "config": DistillerConfig()}, "config must be left"),
+    ({"groups": "abcd"}, "groups must be a list with one entry per row, got 'abcd'"),
+    ({"groups": [torch.tensor(0), torch.tensor(0)]}, r"groups\[0\] must be None or hashable"),
 ]
 
 

@@ -186,7 +186,12 @@ def test_generate_writes_a_run_that_report_shows(tmp_path: Path) -> None:
     samples = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     written = RunFile.read(run)
     assert len(written.prompts[0].samples) == 3 and written.prompts[0].prompt == "3 7 3 5 -> 41 :"
-    first = [s["logprobs"][0] - s["base_logprobs"][0] for s in samples]
-    assert written.steps[0].kl[0] == pytest.approx(sum(first) / 3)
+    lengths = [len(s["kl"]) for s in samples]
+    assert lengths == [len(s["token_ids"]) for s in samples] and len(written.steps[0].kl) == max(lengths)
+    for t, kl in enumerate(written.steps[0].kl):
+        exact = [s["kl"][t] for s in samples if len(s["kl"]) > t]
+        # A KL is not negative; what is left is the rounding of two log-probabilities.
+        assert kl == pytest.approx(sum(exact) / len(exact)) and kl > -1e-5
+    assert max(written.steps[0].kl) > 0
     assert CliRunner().invoke(app, ["report", str(run), "--out", str(out)]).exit_code == 0
     checked(out.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ import torch
 from esamp_core.config import SamplingParams
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.decoder_text import seeded_params
-from esamp_core.errors import ArgumentError
-from esamp_core.report import PromptSamples, RunFile, SampleText, StepSeries
+from esamp_core.errors import ArgumentError, EncodingError
+from esamp_core.report import EXACT_KL, PromptSamples, RunFile, SampleText, StepSeries
 
+EMBEDDED = "countdown"  # what --model calls the embedded model
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -42,6 +44,14 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     return lines
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Before any work is done: a file can be written there.  Raises ArgumentError."""
+    existing = path if path.exists() else path.parent
+    if path.is_dir() or not existing.exists() or not os.access(existing, os.W_OK):
+        reason = "is a folder" if path.is_dir() else "no such folder" if not existing.exists() else "not allowed"
+        raise ArgumentError(f"{option} cannot be written: {path}: {reason}")
+
+
 def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """A model and its tokenizer, ready for the decoder.  Raises ArgumentError in one line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +68,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda needs a CUDA device, and none was found")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "countdown":
+    if name == EMBEDDED:
         model, tokenizer = countdown.load()
         return model.to(place), tokenizer
     try:
@@ -129,6 +139,8 @@ def run_generate(
     run_json: also write what ``esamp report`` shows, of this call's samples.
     """
     texts = read_prompts(prompts, prompts_file)
+    if run_json is not None:
+        check_writable(run_json, "--run-json")
     if resume and out is None:
         raise ArgumentError("--resume needs --out FILE")
     done, kept = finished_prompts(out, texts, n) if resume and out is not None else (set(), [])
@@ -145,24 +157,31 @@ def run_generate(
             file.flush()
 
         per_prompt = seeded_params(params, len(texts))
-        generations = Decoder(model, tokenizer).generate(
-            [texts[i] for i in todo],
-            n=n,
-            # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
-            params=[per_prompt[i] for i in todo],
-            max_new_tokens=max_new_tokens,
-            stop_strings=tuple(stop),
-            max_batch_rows=batch_rows,
-            cache=cache,  # type: ignore[arg-type]  # Decoder.generate says what it may be
-            progress=sys.stderr.isatty(),
-            on_result=write,
-        )
+        try:
+            generations = Decoder(model, tokenizer).generate(
+                [texts[i] for i in todo],
+                n=n,
+                # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
+                params=[per_prompt[i] for i in todo],
+                max_new_tokens=max_new_tokens,
+                stop_strings=tuple(stop),
+                max_batch_rows=batch_rows,
+                cache=cache,  # type: ignore[arg-type]  # Decoder.generate says what it may be
+                progress=sys.stderr.isatty(),
+                on_result=write,
+            )
+        except EncodingError as error:
+            if model_name != EMBEDDED:
+                raise
+            raise ArgumentError(
+                f"{error}; the embedded model reads '3 7 3 5 -> 41 :', --model names another"
+            ) from error
         if run_json is not None:
             _run_file(generations, tokenizer, model_name, params).write(run_json)
 
 
 def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str, params: SamplingParams) -> RunFile:
-    """What ``esamp report`` shows of generated samples: texts with their novelty, and the KL of each step."""
+    """What ``esamp report`` shows of generated samples: texts with their novelty, and each step's mean KL."""
     name = "vanilla" if params.beta == 0 else f"beta {params.beta:g}"
     prompts: dict[int, PromptSamples] = {}
     for g in generations:
@@ -171,11 +190,11 @@ def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str
         sample = SampleText(name, tokens, list(g.novelty))
         prompts.setdefault(g.prompt_index, PromptSamples(label, [])).samples.append(sample)
     steps = max((len(g.token_ids) for g in generations), default=0)
-    # log p - log p(model) of what was drawn: its mean over samples estimates the KL.
-    columns = [[g.logprobs[t] - g.base_logprobs[t] for g in generations if len(g.token_ids) > t] for t in range(steps)]
+    columns = [[g.kl[t] for g in generations if len(g.kl) > t] for t in range(steps)]
     return RunFile(
         title=f"{model_name}: {len(generations)} samples of {len(prompts)} prompts",
         about={k: str(v) for k, v in asdict(params).items()},
         prompts=list(prompts.values()),
         steps=[StepSeries(name, [sum(c) / len(c) for c in columns], [])],
+        kl_is=EXACT_KL,
     )
