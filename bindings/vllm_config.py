@@ -13,7 +13,6 @@ from esamp_core.config import DistillerConfig, SamplingParams, is_int, is_real, 
 from esamp_core.errors import ArgumentError, UnsupportedModelError
 
 KEY = "esamp"
-TRIED = "0.32"
 PROCESSOR = "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"
 
 

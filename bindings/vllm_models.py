@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esamp_core.bindings.vllm_config import TRIED, PluginConfig, check_engine, is_configured
+from esamp_core.bindings.vllm_config import PluginConfig, check_engine, is_configured
 from esamp_core.bindings.vllm_head import make_explorer
 from esamp_core.config import require
 from esamp_core.errors import UnsupportedModelError
 from esamp_core.explorer import Explorer
+from esamp_core.versions import release, tried_versions, untried
 
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # A position as digits, each of them exact in any float format.
@@ -168,5 +169,6 @@ def check_architecture(base: Any) -> None:
             "set_aux_hidden_state_layers); --model-impl transformers may have it"
         )
     version = str(vllm.__version__)
-    if not version.startswith(TRIED):
-        warnings.warn(f"esamp was tried with vLLM {TRIED}, this is {version}; watch its log lines", stacklevel=2)
+    tried = ", ".join("{}.{}".format(*release(v)) for v in tried_versions("vllm"))
+    if untried({"vllm": version}):
+        warnings.warn(f"esamp was tried with vLLM {tried}, this is {version}; watch its log lines", stacklevel=2)

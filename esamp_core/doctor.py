@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import sys
 
 import torch
 from rich.console import Console
@@ -13,13 +11,7 @@ from rich.table import Table
 
 import esamp_core
 from esamp_core.dispatch import backend_name
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+from esamp_core.versions import PACKAGES, TRIED, installed, tried_versions, untried
 
 
 def why_backend(device: str) -> str:
@@ -37,9 +29,9 @@ def run_doctor(console: Console) -> None:
     """Print the report.  Raises ArgumentError if ESAMP_BACKEND asks for what is not there."""
     table = Table(show_header=False, box=None)
     table.add_row("esamp_core", f"{esamp_core.__version__} in {os.path.dirname(esamp_core.__file__)}")
-    table.add_row("python", f"{sys.version.split()[0]} on {platform.platform()}")
-    for package in ("torch", "triton", "transformers", "numpy", "safetensors"):
-        table.add_row(package, _version(package))
+    table.add_row("machine", platform.platform())
+    for package, version in installed(*PACKAGES, "numpy", "safetensors").items():
+        table.add_row(package, version)
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         table.add_row("GPU", f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
@@ -49,3 +41,15 @@ def run_doctor(console: Console) -> None:
     table.add_row("backend on cpu", why_backend("cpu"))
     table.add_row("CPU threads", str(torch.get_num_threads()))
     console.print(table)
+    console.print()
+    tried = Table(title="Versions that were tried together", title_justify="left", box=None, pad_edge=False)
+    for package in PACKAGES:
+        tried.add_column(package)
+    tried.add_column("how")
+    for environment in TRIED:
+        tried.add_row(*(environment.version(package) or "" for package in PACKAGES), environment.how)
+    console.print(tried)
+    here = installed()
+    for package in untried(here):
+        seen = ", ".join(tried_versions(package))
+        console.print(f"{package} {here[package]} is beyond what was tried ({seen}): run the tests first")

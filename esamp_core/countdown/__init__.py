@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 PATH: Path = Path(__file__).resolve().parent
-DISTILLER: Path = PATH / "distiller.safetensors"
+DISTILLER: Path = PATH / "distiller" / "start.safetensors"
 """Calibrated start weights of rank 64, for ``DistillerConfig(start=str(DISTILLER))``; see docs/quality.md."""
 
 

@@ -77,6 +77,17 @@ def exploring(checkpoint: str) -> Any:
     return make_llm(checkpoint, {}, logits_processors=[CapturingProcessor])
 
 
+@pytest.fixture(scope="session")
+def single(qwen3: str) -> Any:
+    """The requests of :func:`processes.run` in one process, on V1: what every other way must draw."""
+    from processes import run
+
+    answer = run(qwen3, {})
+    (distillers,) = answer["distillers"]
+    assert all(updates > 0 for updates in distillers["updates"])
+    return answer
+
+
 @pytest.fixture
 def captured() -> Iterator[list[Any]]:
     from engines import CapturingProcessor

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import PROMPTS, check_rows, generate, make_llm, params, tokenise
+from engines import PROMPTS, check_rows, generate, params, tokenise
 from vllm import SamplingParams
 
 from esamp_core.decoder import generate as decode
@@ -97,13 +95,3 @@ def test_siblings_share_a_distiller_and_strangers_do_not(exploring: Any) -> None
     assert apart == alone
     assert together != alone
     assert generate(exploring, sampling, ["hello", "world"])[0] == alone[0]
-
-
-def test_the_readme_example_runs(
-    qwen3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "vllm_plugin" in block)
-    monkeypatch.setattr("vllm.LLM", make_llm)  # small and fast
-    exec(example, {"model": qwen3, "prompt": "hello"})
-    assert len(capsys.readouterr().out.split("\n")) > 16

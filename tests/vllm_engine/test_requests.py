@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from esamp_core.bindings.vllm_config import PluginConfig, check_engine, read_request
-from esamp_core.bindings.vllm_head import _read_head
+from esamp_core.bindings.vllm_head import _check_head, _read_head
 from esamp_core.bindings.vllm_models import _digits, _position, check_architecture
 from esamp_core.bindings.vllm_plugin import ExploratoryProcessor
 from esamp_core.errors import ArgumentError, UnsupportedModelError
+from esamp_core.structures import Head
 
 # ---------------------------------------------------------------------------------------------------- requests
 
@@ -175,6 +177,21 @@ def test_head_is_read_without_padding() -> None:
 def test_head_is_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UnsupportedModelError, match=complaint):
         _read_head(model_with_head(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_model_does_to_its_logits_by_itself_is_noticed(dtype: torch.dtype) -> None:
+    """Of the size that real heads have: a cap bends the logits of unit states by no more than rounding does."""
+    weight = (0.02 * torch.randn(50, 2048, generator=torch.Generator().manual_seed(1))).to(dtype)
+    head = Head(weight)
+    _check_head(head, lambda deep: deep @ weight.T, "Plain")
+    for own in (lambda x: 30 * torch.tanh(x / 30), lambda x: 1.1 * x):
+        with pytest.raises(UnsupportedModelError, match="its logits differ"):
+            _check_head(head, lambda deep, own=own: own(deep @ weight.T), "Capped")  # type: ignore[misc]
+    capped = dataclasses.replace(head, softcap=30.0)
+    _check_head(capped, lambda deep: 30 * torch.tanh((deep @ weight.T) / 30), "Capped")
+    with pytest.raises(UnsupportedModelError, match="its logits differ"):  # large states saturate, small ones do not
+        _check_head(capped, lambda deep: 30 * torch.tanh(1.1 * (deep @ weight.T) / 30), "Scaled")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,14 @@
+"""An engine in a process of its own, compiled: a file by itself, because it takes as long as any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from processes import run
+
+
+def test_engine_process_and_torch_compile(qwen3: str, single: Any) -> None:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    answer = run(qwen3, environment, enforce_eager=False)
+    assert answer["outputs"] == single["outputs"]
+    assert answer["distillers"][0]["updates"] == single["distillers"][0]["updates"]
