@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -186,7 +186,7 @@ def stop_token_ids_of(model: nn.Module, given: Sequence[int] | None) -> tuple[in
     if given is None:
         eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         given = () if eos is None else [eos] if is_int(eos) else eos
-    if not isinstance(given, Sequence) or not all(is_int(i) and i >= 0 for i in given):
+    if not isinstance(given, Iterable) or not all(is_int(i) and i >= 0 for i in given):
         raise ArgumentError(f"stop_token_ids must be integers >= 0, got {given!r}")
     return tuple(given)
 

@@ -30,8 +30,10 @@ def run_doctor(console: Console) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("esamp_core", f"{esamp_core.__version__} in {os.path.dirname(esamp_core.__file__)}")
     table.add_row("machine", platform.platform())
-    for package, version in installed(*PACKAGES, "numpy", "safetensors").items():
-        table.add_row(package, version)
+    packages = (*PACKAGES, "numpy", "safetensors")
+    found = installed(*packages)
+    for package in packages:
+        table.add_row(package, found.get(package, "not installed"))
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         table.add_row("GPU", f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")

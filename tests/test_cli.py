@@ -86,6 +86,7 @@ def test_doctor_says_which_backend_and_why(esamp: Esamp) -> None:
     run = esamp("doctor")
     assert run.returncode == 0
     assert "backend on cpu" in run.stdout and "the tensors are on the CPU" in run.stdout
+    assert re.search(r"vllm\s+not installed", run.stdout) and "Versions that were tried together" in run.stdout
     assert "ESAMP_BACKEND=torch" in esamp("doctor", ESAMP_BACKEND="torch").stdout
 
 

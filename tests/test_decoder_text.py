@@ -135,6 +135,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop_strings": "x"}, "tokenizer must be given for stop_strings"),
     ({"stop_strings": [""], "tokenizer": words}, "stop_strings must be texts"),
     ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
+    ({"stop_token_ids": 2}, "stop_token_ids must be integers >= 0, got 2"),
+    ({"stop_token_ids": "12"}, "stop_token_ids must be"),
     ({"prompts": [[]]}, r"prompts\[0\] must have at least one token"),
     ({"prompts": [""], "tokenizer": words}, r"prompts\[0\] must have at least one token"),
     ({"prompts": [[5], [3] * 64]}, r"prompts\[1\] must leave room in the model's context of 64 tokens, got 64"),
