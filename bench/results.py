@@ -9,7 +9,6 @@ A dry run exercises the code on tiny shapes; its times say nothing and are not k
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from esamp_core.versions import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -53,13 +54,6 @@ def commit() -> str:
     return (head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")) if head else "unknown"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -86,8 +80,6 @@ def machine() -> dict[str, Any]:
 
 def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, **more: Any) -> dict[str, Any]:
     """What is written to a file.  Times of a dry run are dropped here, so that none can be quoted."""
-    packages = ("torch", "triton", "transformers", "flashinfer-python")
-    versions = {"python": platform.python_version()} | {p: v for p in packages if (v := _version(p))}
     body = {
         "kind": kind,
         "dry": dry,
@@ -95,7 +87,7 @@ def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, *
         "command": command,
         "commit": commit(),
         "machine": machine(),
-        "versions": versions,
+        "versions": installed("python", "torch", "triton", "transformers", "flashinfer-python"),
         **more,
         "cases": cases,
     }
