@@ -11,6 +11,7 @@ GPU_PYTHON ?= python3
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 VLLM_VENV ?= .venv-vllm
+CARD_VENV ?= .venv-card
 WITH ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -106,18 +107,48 @@ test-oldest: venv-oldest ## a part of the tests and the demo with the oldest ver
 	$(OLDEST_VENV)/bin/esamp demo --quick
 
 .PHONY: test-gpu
-test-gpu: ## all tests with compiled kernels, in the system's Python; installs nothing
-	env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest $(PYTEST_ARGS)
+test-gpu: ## all tests that use a GPU, kernels compiled, in the system's Python; installs nothing
+	env -u TRITON_INTERPRET PYTHONPATH=. $(GPU_PYTHON) -m pytest -m 'gpu or device' $(PYTEST_ARGS)
 
 .PHONY: memcheck-gpu
 memcheck-gpu: ## small kernel tests under NVIDIA's compute-sanitizer: reads and writes outside what was allocated
-	env -u TRITON_INTERPRET PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 KERNEL_EXAMPLES=5 \
-		compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x \
-		tests/test_kernels_select.py tests/test_kernels_draw.py -k 'not full_size and not many_rows'
+	$(GPU_PYTHON) -m bench.run_gpu memcheck
 
+RUN ?= first
 .PHONY: bench-gpu
-bench-gpu: ## tests, kernels and decode on one GPU in 9 minutes, in the system's Python; DRY=1: tiny, on the CPU, no times
-	PYTHONPATH=. $(if $(DRY),$(ONE_THREAD) $(BIN)/python,$(GPU_PYTHON)) -m bench.run_gpu $(if $(DRY),--dry)
+bench-gpu: ## tests, kernels and decode on one GPU in 8 minutes, in the system's Python; RUN=second: what that left
+	$(GPU_PYTHON) -m bench.run_gpu $(RUN)
+
+# The versions of the GPU machine, on a CPU. Its Python is 3.12 where there is one; a pyenv may hide it.
+CARD_PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12" $(PYTHON); do \
+	"$$python" -c '' 2>/dev/null && command -v "$$python" && break; done)
+CARD := VENV=$(CARD_VENV) PYTHON=$(CARD_PYTHON) WITH='$(shell grep -E '^[a-z]' constraints-card.txt)'
+
+.PHONY: venv-card
+venv-card:
+	@$(MAKE) venv $(CARD)
+
+.PHONY: test-card
+test-card: ## all tests on the CPU, and check-kernels, with the GPU machine's versions; builds .venv-card
+	$(MAKE) test $(CARD)
+	$(MAKE) check-kernels $(CARD)
+
+CARRIED := .carry/manifest.json
+$(CARRIED): bench/carry.py constraints-card.txt
+	@$(MAKE) venv-card
+	PYTHONPATH=. $(CARD_VENV)/bin/python -m bench.carry build
+
+.PHONY: carry
+carry: $(CARRIED) ## what travels to a GPU machine beside the tree: wheels, and the peers' samplers, compiled here
+
+.PHONY: rehearse-gpu
+rehearse-gpu: venv-card $(CARRIED) ## what will be sent to a GPU machine, run here: the same commands, CUDA simulated, tiny shapes
+	PYTHONPATH=. $(CARD_VENV)/bin/python -m bench.rehearse
+
+.PHONY: roofline
+roofline: venv-card ## each kernel's instructions, bytes and the time they will take on an H100 and an H200; holds limits
+	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
+	TRITON_CACHE_DIR="$$cache" PYTHONPATH=. $(ONE_THREAD) $(CARD_VENV)/bin/python -m bench.roofline $(ROOFLINE_ARGS)
 
 .PHONY: bench-cpu
 bench-cpu: venv ## a whole step on the CPU beside transformers' warpers; OUT=file, ROUNDS=15
@@ -229,5 +260,5 @@ clean: ## remove build outputs and caches, keep .venv
 	find esamp_core kernels bindings bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: clean-venv
-clean-venv: ## remove .venv, .venv-oldest and .venv-vllm
-	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV)
+clean-venv: ## remove .venv, .venv-oldest, .venv-vllm and .venv-card
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) $(CARD_VENV)

@@ -1,11 +1,14 @@
 """What exploration costs a decoder: on, off, and transformers' own sampling, paired and interleaved in one run.
 
-    python -m bench.bench_decode [--dry] [--seconds N] [--rounds N] [--out FILE]
+    python -m bench.bench_decode [--dry] [--peers] [--seconds N] [--rounds N] [--done FILE] [--out FILE]
 
 Random-weight Qwen2 models of real shapes, built on the device in bfloat16; P prompts of 64 tokens, n samples each, up
 to 256 new tokens.  Rows end unevenly: every step ends a row with a probability of about 1 / 512.  The variants run by
 turns; a ratio is the median over rounds of one's time per step over another's, prefill included.  Distiller updates are
 counted: a run with exploration that made none is an error.
+
+First on and off of every case, then, with --peers, transformers beside on: its static cache is compiled, which takes
+minutes.  The file is written after each; a case that fails stays alone; started again, a run goes on from its file.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import functools
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import median, median_ratio, spread
-from bench.results import output_folder, report, save
+from bench.results import continued, dry_by_environment, load, output_folder, report, save, unproven
 from bench.timeline import breakdown, record
 from esamp_core.decoder import Decoder
 from esamp_core.decoder_graph import GraphMode
@@ -203,26 +207,24 @@ class Variants:
         }
 
 
-def measure_case(case: DecodeCase, model: Any, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of the result file.  Raises SystemExit where exploration was on and nothing was learned."""
+OURS, PEERS = ("on", "off"), ("on", "transformers")  # what runs by turns
+
+
+def measure_case(
+    case: DecodeCase, model: Any, device: str, rounds: int, which: tuple[str, ...] = OURS
+) -> list[dict[str, Any]]:
+    """Rows of the result file.  Raises RuntimeError where exploration was on and nothing was learned."""
     variants = Variants(model, case, device)
-    works = variants.all()
-    failed: dict[str, str] = {}
-    for name in list(works):
-        try:
-            works[name](0)  # warm-up: compile, capture
-        except Exception as error:
-            if name != "transformers":
-                raise
-            failed[name] = f"{type(error).__name__}: {error}"[:200]
-            del works[name]
+    works = {name: work for name, work in variants.all().items() if name in which}
+    for work in works.values():
+        work(0)  # warm-up: compile, capture
     names = list(works)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             runs[name].append(timed(functools.partial(works[name], i + 1), device))
     if any(run.updates == 0 for run in runs["on"]):
-        raise SystemExit(f"{case.name}: exploration was on and no Distiller was updated")
+        raise RuntimeError(f"{case.name}: exploration was on and no Distiller was updated")
     steps = {name: [run.seconds / run.steps for run in done] for name, done in runs.items()}
     rows = []
     for name, done in runs.items():
@@ -234,8 +236,10 @@ def measure_case(case: DecodeCase, model: Any, device: str, rounds: int) -> list
         lengths = sorted(n for run in done for n in run.lengths)
         row |= {"lengths": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]}
         row |= {"updates": min(run.updates for run in done), "peak_bytes": max(run.peak_bytes for run in done)}
+        if name == "on" and which == PEERS:
+            continue  # measured before, beside off
         if name == "on":
-            # Speed relative to the others: below 1 exploration costs something.
+            # Speed relative to the other: below 1 exploration costs something.
             row |= {"ratio": round(median_ratio(steps["off"], steps["on"]), 4)}
             if case.target is not None:
                 row |= {"target": case.target}
@@ -246,9 +250,7 @@ def measure_case(case: DecodeCase, model: Any, device: str, rounds: int) -> list
             beta = 0.25 if name == "on" else 0.0
             row |= {"timeline": profile(functools.partial(variants.explored, 1, beta, min(32, case.new_tokens)))}
         rows.append(row)
-    return rows + [
-        {"name": f"{case.name}: {n}", "case": case.name, "op": n, "failed": text} for n, text in failed.items()
-    ]
+    return rows
 
 
 def profile(work: Callable[[], object]) -> dict[str, float]:
@@ -257,35 +259,47 @@ def profile(work: Callable[[], object]) -> dict[str, float]:
 
 
 def run(
-    cases: Sequence[DecodeCase], device: str, *, dry: bool, seconds: float, rounds: int, command: str, out: Path
-) -> dict[str, Any]:
-    """Measure cases in order until the time is up; the file is written after each."""
+    cases: Sequence[DecodeCase], device: str, *, dry: bool, seconds: float, rounds: int, command: str, out: Path,
+    peers: bool = False, finished: Collection[tuple[str, str]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Measure cases in order until the time is up; the file is written after each.
+
+    finished: pairs of case and variant that are left out.
+    """
     start = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    done: list[str] = []
-    model, built = None, None
-    for case in cases:
+    rows = continued(out, "decode")
+    work = [(case, which) for which in ((OURS, PEERS) if peers else (OURS,)) for case in cases]
+    model, built, body = None, None, {}
+    for case, which in work:
         if time.monotonic() - start > seconds:
             break
-        if built != case.model:
-            model = None
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            model, built = build_model(case.model, device, torch.float32 if dry else torch.bfloat16), case.model
-        rows += measure_case(case, model, device, rounds)
-        done.append(case.name)
-        print(f"{time.monotonic() - start:6.1f} s  {case.name}", flush=True)
-        skipped = [case.name for case in cases if case.name not in done]
+        if (case.name, which[-1]) in {*finished, *((row["case"], row["op"]) for row in rows)}:
+            continue
+        try:
+            if built != case.model:
+                model, built = None, None
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                model, built = build_model(case.model, device, torch.float32 if dry else torch.bfloat16), case.model
+            rows += measure_case(case, model, device, rounds, which)
+        except Exception as error:
+            traceback.print_exc()
+            what = f"{type(error).__name__}: {error}"[:300]
+            rows.append({"name": f"{case.name}: {which[-1]}", "case": case.name, "op": which[-1], "failed": what})
+        print(f"{time.monotonic() - start:6.1f} s  {case.name}: {', '.join(which)}", flush=True)
+        done = {*finished, *((row["case"], row["op"]) for row in rows)}
+        skipped = [f"{c.name}: {w[-1]}" for c, w in work if (c.name, w[-1]) not in done]
         body = report("decode", command, rows, dry=dry, rounds=rounds, skipped=skipped)
         save(body, out)
-    if not done:
+    if not body:
         raise SystemExit(f"no time for a single case in {seconds:.0f} s")
     return body
 
 
 def short_table(body: dict[str, Any]) -> str:
-    lines = [f"{'case':36} {'ms/step':>8} {'tokens/s':>10} {'ratio':>7} {'target':>7} {'updates':>8}"]
+    lines = [] if (why := unproven(body)) is None else [f"UNPROVEN: {why}"]
+    lines.append(f"{'case':36} {'ms/step':>8} {'tokens/s':>10} {'ratio':>7} {'target':>7} {'updates':>8}")
     for row in body["cases"]:
         numbers = [row.get(k) for k in ("milliseconds", "tokens_per_s", "ratio", "target")]
         shown = ["-" if n is None else f"{n:.3f}" for n in numbers]
@@ -296,21 +310,28 @@ def short_table(body: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU, no times kept")
+    parser.add_argument("--dry", action="store_true", help="a tiny model, no times kept; also without a GPU")
+    parser.add_argument("--peers", action="store_true", help="afterwards transformers' generate, which is compiled")
     parser.add_argument("--seconds", type=float, default=200.0, help="start no case after this long")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--done", type=Path, action="append", default=[], help="result file whose cases are left out")
     parser.add_argument("--out", type=Path, help="result file; default decode.json in ESAMP_BENCH_OUT or bench/out")
     a = parser.parse_args(arguments)
-    if not a.dry and not torch.cuda.is_available():
+    dry = a.dry or dry_by_environment()
+    if not dry and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing to measure here (--dry runs the same code on tiny shapes)")
     command = "python -m bench.bench_decode " + " ".join(arguments if arguments is not None else sys.argv[1:])
-    device, cases = ("cpu", DRY_CASES) if a.dry else ("cuda", CASES)
-    out = a.out or output_folder() / "decode.json"
-    body = run(cases, device, dry=a.dry, seconds=a.seconds, rounds=a.rounds, command=command.strip(), out=out)
+    device, out = "cuda" if torch.cuda.is_available() else "cpu", a.out or output_folder() / "decode.json"
+    finished = {(row["case"], row["op"]) for path in a.done for row in load(path)["cases"] if not row.get("failed")}
+    body = run(
+        DRY_CASES if dry else CASES, device, dry=dry, seconds=a.seconds, rounds=a.rounds, command=command.strip(),
+        out=out, peers=a.peers, finished=finished,
+    )  # fmt: skip
     print(short_table(body))
+    return int(any(row.get("failed") for row in body["cases"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,12 +1,17 @@
 """Kernel microbenchmarks: every op and the whole step, beside their floors and their peers.
 
-    python -m bench.bench_kernels [--dry] [--quick] [--tested] [--seconds N] [--out FILE]
+    python -m bench.bench_kernels [--dry] [--quick] [--seconds N] [--done FILE] [--out FILE]
+    python -m bench.bench_kernels --check CASE
 
 Times are medians over interleaved rounds of CUDA-graph replays from a cold L2, inputs rotating.  ``bytes`` is what an
 op must move at the least (each input read once, each output written once, in large); the floor is the larger of bytes
-over the copy bandwidth and arithmetic over the matrix rate, both measured in the same run.  Nothing is timed unless the
-answers are right on this very device: ``--tested`` says that the test suite just passed here; without it each case is
-first compared with the reference.
+over the copy bandwidth and arithmetic over the matrix rate, both measured in the same run.
+
+A case is timed only if its answers are right on this very device.  All cases are compared with the reference first,
+several at a time and each in a process of its own (bench/check_cases.py): that also compiles every kernel into the
+shared cache, and a case that crashes takes no other along.  Then they are timed one by one; the file is written after
+each.  Where a case breaks the device for this process, it ends with status AGAIN; started again, it goes on from the
+file.
 """
 
 from __future__ import annotations
@@ -15,16 +20,18 @@ import argparse
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import peers
+from bench import check_cases, peers
 from bench.cases import DRY_SHAPE, TARGETS, DistillerCase, SamplingCase, kernel_cases, make_sampling_inputs
+from bench.kernel_ops import SETS, Case, Costs, ops
 from bench.measure import (
+    FLUSH_BYTES,
     Call,
     Clock,
     GraphClock,
@@ -37,168 +44,52 @@ from bench.measure import (
     rotate,
     spread,
 )
-from bench.results import output_folder, report, save
+from bench.results import continued, dry_by_environment, load, output_folder, report, save, unproven
 from bench.timeline import kernel_medians, record
-from esamp_core import reference
-from esamp_core.distiller import DistillerBank
-from esamp_core.reference_distiller import learning_rates
-from esamp_core.sample import (
-    DistillerConfig,
-    RowParams,
-    distiller_forward,
-    distiller_step_,
-    draw,
-    explore,
-    group_rows,
-    reweight,
-    score_candidates,
-    select_candidates,
-)
 
-Case = SamplingCase | DistillerCase
-SETS = 3  # inputs that the rounds rotate through
-MAX_CANDIDATES = 256
+AGAIN = 75  # exit status: the device is lost to this process, cases are left
+WITH_PEERS = 9  # cases, of the most wanted, that are measured beside their peers
+COMPILING = 60.0  # seconds for torch.compile, whose turn comes last
 
 
-def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]], dict[str, tuple[float, float]]]:
-    """Calls by name on SETS inputs, and what each must move and compute at the least: (bytes, operations)."""
-    calls: dict[str, list[Call]] = {}
-    rows, width, hidden = case.rows, MAX_CANDIDATES, case.shape.hidden
-    for given in make_sampling_inputs(case, device, SETS):
-        select = functools.partial(select_candidates, given.logits, given.params, max_candidates=width)
-        found = select()
-        score = functools.partial(score_candidates, given.direction, given.head, found.token_ids)
-        projection = score()
-        weigh = functools.partial(reweight, found, projection, given.params)
-        new = weigh()
-        options: dict[str, Any] = {"direction": given.direction, "head": given.head, "max_candidates": width}
-        codes = torch.linspace(0, 0.999, 2 * rows, dtype=torch.float64, device=device).view(rows, 2)
-        for name, call in {
-            "select_candidates": select,
-            "score_candidates": score,
-            "reweight": weigh,
-            "draw": functools.partial(draw, found, new, given.logits, given.params, given.seed, given.position),
-            "explore": functools.partial(explore, *given[:4], **options),
-            "explore, stratified": functools.partial(explore, *given[:4], codes=codes, **options),
-            "vanilla": functools.partial(explore, *given[:4], max_candidates=width),
-        }.items():
-            calls.setdefault(name, []).append(call)
-    # The filters leave fewer candidates than top-k allows; how many head rows are gathered is counted, not assumed.
-    gathered = int((found.token_ids >= 0).sum())
-    listing, heads = rows * width * 12, gathered * hidden * 2
-    scan = case.scan_bytes
-    moved = {
-        "select_candidates": scan + listing,
-        "score_candidates": heads + rows * (4 * hidden + 12 * width),
-        "reweight": rows * width * 24,
-        "draw": scan + listing + rows * width * 8,  # the scan is for base_logprob
-        "explore": scan + heads + rows * 4 * hidden,
-        "explore, stratified": scan + heads + rows * 4 * hidden,
-        "vanilla": scan,
-    }
-    return calls, {name: (float(size), 2.0 * gathered * hidden * (size > heads)) for name, size in moved.items()}
-
-
-def sampling_peers(case: SamplingCase, device: str, compile_too: bool) -> dict[str, list[Call]]:
-    samplers: dict[str, Callable[..., Tensor]] = {"eager": peers.eager}
-    if compile_too:
-        samplers["compiled"] = peers.compiled()
-    if peers.has_flashinfer():
-        samplers["flashinfer"] = peers.flashinfer
+def sampling_peers(case: SamplingCase, device: str) -> dict[str, list[Call]]:
     inputs = make_sampling_inputs(case, device, SETS)
     return {
         f"peer {name}": [functools.partial(sampler, given.logits, given.params) for given in inputs]
-        for name, sampler in samplers.items()
+        for name, sampler in peers.available().items()
     }
-
-
-class DistillerInputs:
-    """A bank whose slots have learned a little, rows of it, and the calls."""
-
-    def __init__(self, case: DistillerCase, device: str, seed: int) -> None:
-        g = torch.Generator(device).manual_seed(seed)
-        hidden, rows = case.shape.hidden, case.rows
-        self.config = DistillerConfig(rank=case.rank, deep_scale=1.0)
-        bank = DistillerBank(hidden, self.config, case.slots, "error", torch.device(device))
-        for slot in range(case.slots):
-            bank.reset(slot, slot)
-        self.state, self.scale = bank.state, bank.scale
-        self.state.weights.down.normal_(0, 0.02, generator=g)
-        self.shallow = torch.randn(rows, hidden, generator=g, device=device)
-        self.target = torch.randn(rows, hidden, generator=g, device=device)
-        self.slots = torch.arange(rows, device=device) % case.slots
-        self.groups = group_rows(self.slots, case.slots)
-        self.saved = self.forward()
-        self.rates = tuple(float(r) for r in learning_rates(self.config, hidden))
-
-    def forward(self) -> Any:
-        return distiller_forward(self.shallow, self.groups, self.state.weights, self.scale)
-
-    def step(self) -> None:
-        distiller_step_(self.state, self.saved, self.target, self.groups, self.scale, self.config)
-
-    def peer_forward(self) -> peers.PerRow:
-        return peers.per_row_forward(self.shallow, self.slots, self.state, self.scale)
-
-    def peer_step(self) -> None:
-        peers.per_row_step_(self.state, self.peer_forward(), self.target, self.scale, self.config, self.rates)
-
-
-def distiller_ops(case: DistillerCase, device: str) -> tuple[dict[str, list[Call]], dict[str, tuple[float, float]]]:
-    inputs = [DistillerInputs(case, device, seed) for seed in range(SETS)]
-    states = 4 * case.rows * case.shape.hidden
-    costs = {
-        "distiller_forward": (case.weight_bytes + 2.0 * states, float(case.forward_flops)),
-        "distiller_step_": (2.0 * case.weight_bytes + 3.0 * states, float(case.step_flops)),
-    }
-    calls: dict[str, list[Call]] = {
-        "distiller_forward": [i.forward for i in inputs],
-        "distiller_step_": [i.step for i in inputs],
-        "peer per_row forward": [i.peer_forward for i in inputs],
-        "peer per_row forward and step": [i.peer_step for i in inputs],
-    }
-    return calls, costs
-
-
-# ---------------------------------------------------------------------------------------------- correctness
-
-
-def check(case: Case, device: str) -> str | None:
-    """What is wrong with the answers on this device, against the reference on the CPU; None if nothing is."""
-    if isinstance(case, DistillerCase):
-        here, there = DistillerInputs(case, device, 7), DistillerInputs(case, device, 7)
-        want = reference.distiller_forward(there.shallow, there.groups, there.state.weights, there.scale)
-        error = float((here.saved.pred - want.pred).norm() / want.pred.norm())
-        peer = float((here.peer_forward().pred - want.pred).norm() / want.pred.norm())
-        here.step()
-        reference.distiller_step_(there.state, want, there.target, there.groups, there.scale, there.config)
-        step = float((here.state.weights.down - there.state.weights.down).norm() / there.state.weights.down.norm())
-        worst = max(error, peer, step)
-        return None if worst < 1e-3 else f"relative errors: pred {error:.1e}, peer's pred {peer:.1e}, step {step:.1e}"
-    given, n = make_sampling_inputs(case, device, 1)[0], min(case.rows, 8)
-    some = [given.logits[:n], RowParams(*(p[:n] for p in given.params)), given.seed[:n], given.position[:n]]
-    options: dict[str, Any] = {"direction": given.direction[:n], "head": given.head, "max_candidates": MAX_CANDIDATES}
-    got, want_draw = explore(*some, **options), reference.explore(*some, **options)
-    if not torch.equal(got.count, want_draw.count):
-        return f"candidate counts {got.count.tolist()}, expected {want_draw.count.tolist()}"
-    same = got.token_ids == want_draw.token_ids
-    if int((~same).sum()) > 1:  # one close call in eight rows may be chance, two are not
-        return f"tokens {got.token_ids.tolist()}, expected {want_draw.token_ids.tolist()}"
-    error = float((got.logprob - want_draw.logprob)[same].abs().max()) if bool(same.any()) else 1.0
-    return None if error < 1e-3 else f"log-probabilities differ by {error:.1e}"
-
-
-# ---------------------------------------------------------------------------------------------- measuring
 
 
 def measure_case(
-    case: Case, device: str, clock: Clock, rounds: int, floors: dict[str, float], with_peers: bool, compile_too: bool
+    case: Case, device: str, clock: Clock, rounds: int, floors: dict[str, float], with_peers: bool
 ) -> list[dict[str, Any]]:
     """Everything of one case, as rows for the result file."""
+    calls, costs = ops(case, device)
+    if not with_peers:
+        calls = {name: given for name, given in calls.items() if not name.startswith("peer")}
+    elif isinstance(case, SamplingCase):
+        calls |= sampling_peers(case, device)
+    return measure(case, calls, costs, device, clock, rounds, floors)
+
+
+def measure_compiled(
+    case: SamplingCase, device: str, clock: Clock, rounds: int, floors: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The peer that torch.compile makes, which takes long to make."""
+    sampler, inputs = peers.compiled(), make_sampling_inputs(case, device, SETS)
+    calls, costs = ops(case, device)
+    chosen = {"vanilla": calls["vanilla"]}
+    chosen["peer compiled"] = [functools.partial(sampler, given.logits, given.params) for given in inputs]
+    rows = measure(case, chosen, costs, device, clock, rounds, floors)
+    return [row for row in rows if row["op"] == "peer compiled"]
+
+
+def measure(
+    case: Case, calls: dict[str, list[Call]], costs: Costs, device: str, clock: Clock, rounds: int,
+    floors: dict[str, float],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time calls by turns; a row for each."""
     sampling = isinstance(case, SamplingCase)
-    calls, costs = sampling_ops(case, device) if sampling else distiller_ops(case, device)
-    if sampling and with_peers:
-        calls |= sampling_peers(case, device, compile_too)
     rate = floors["bf16_flops" if sampling else "tf32_flops"]
     whole = "explore" if sampling else "distiller_forward"
     rows: list[dict[str, Any]] = []
@@ -208,8 +99,6 @@ def measure_case(
 
     prepared: dict[str, list[Call]] = {}
     for name, given in calls.items():
-        if name.startswith("peer") and not with_peers:
-            continue
         try:
             prepared[name] = [clock.prepare(call) for call in given]
         except Exception as error:
@@ -230,10 +119,12 @@ def measure_case(
         for target in TARGETS:
             if target.case == case and target.what == name:
                 values |= {"target": target.microseconds}
+        if name.startswith("peer"):
+            values |= {"graph": clock.captured(prepared[name][0])}
         if name == whole and device == "cuda":
             values |= {"peak_bytes": peak_bytes(calls[name][0])}
         row(name, **values)
-    if device == "cuda" and with_peers:
+    if device == "cuda" and whole in prepared:
         for kernel, microseconds in kernel_times(prepared, clock, (whole, "distiller_step_")).items():
             scan = {"bytes": case.scan_bytes} if sampling and kernel == "_block_max_kernel" else {}
             row(f"kernel {kernel}", microseconds=round(microseconds, 3), **scan)
@@ -291,34 +182,78 @@ def dry_cases() -> list[Case]:
     ]
 
 
+class Results:
+    """The result file as it grows."""
+
+    def __init__(self, out: Path, command: str, cases: Sequence[Case], floors: dict[str, float], dry: bool) -> None:
+        self.out, self._command, self._cases, self._floors, self._dry = out, command, cases, floors, dry
+        self.rows = continued(out, "kernels")
+        self.body: dict[str, Any] = {}
+        if self.rows:
+            self.add([])
+
+    def done(self) -> set[str]:
+        return {row["case"] for row in self.rows}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        skipped = [case.name for case in self._cases if case.name not in self.done()]
+        more = {
+            "floors": self._floors,
+            "skipped": skipped,
+            "faults": faults(self.rows),
+            "peers_missing": peers.missing(),
+        }
+        self.body = report("kernels", self._command, self.rows, dry=self._dry, **more)
+        save(self.body, self.out)
+
+    def add_failure(self, case: Case, what: str) -> None:
+        self.add([{"name": f"{case.name}: failed", "case": case.name, "op": "case", **axes(case), "failed": what}])
+
+
 def run(
-    cases: Sequence[Case], device: str, *, dry: bool, tested: bool, seconds: float, command: str, out: Path
-) -> dict[str, Any]:
-    """Measure cases in order until the time is up; the file is written after each.  SystemExit for a wrong answer."""
+    cases: Sequence[Case], device: str, *, dry: bool, seconds: float, command: str, out: Path,
+    wrong: Callable[[Case], str | None],
+) -> Results:  # fmt: skip
+    """Measure cases in order until the time is up; what fails stays alone.  The file is written after each.
+
+    wrong: what is wrong with a case's answers on this device.  Raises SystemExit(AGAIN) if the device is lost.
+    """
     start = time.monotonic()
-    clock: Clock = HostClock() if dry else GraphClock(device)
+    clock: Clock = GraphClock(device, 2**12 if dry else FLUSH_BYTES) if device == "cuda" else HostClock()
     floors = measure_floors(clock, device, dry)
-    checked = "the test suite in the same run" if tested else "every case against the reference"
-    rows: list[dict[str, Any]] = []
-    done: list[str] = []
+    results, rounds = Results(out, command, cases, floors, dry), 3 if dry else 30
     for number, case in enumerate(cases):
+        if case.name in results.done():
+            continue
         if time.monotonic() - start > seconds:
             break
-        if not tested and (wrong := check(case, device)) is not None:
-            raise SystemExit(f"{case.name}: {wrong}; no number while the answers are wrong")
-        first, some = number == 0 and not dry, dry or number < 4
-        rows += measure_case(case, device, clock, 3 if dry else 30, floors, with_peers=some, compile_too=first)
-        done.append(case.name)
+        if (fault := wrong(case)) is not None:
+            results.add_failure(case, f"wrong answers, not timed: {fault}")
+            continue
+        try:
+            results.add(measure_case(case, device, clock, rounds, floors, with_peers=dry or number < WITH_PEERS))
+        except Exception as error:
+            traceback.print_exc()
+            results.add_failure(case, f"{type(error).__name__}: {error}"[:300])
+            if is_lost(device):
+                raise SystemExit(AGAIN) from error
         print(f"{time.monotonic() - start:6.1f} s  {case.name}", flush=True)
-        skipped = [case.name for case in cases if case.name not in done]
-        more = {"floors": floors, "checked": checked, "skipped": skipped, "faults": faults(rows)}
-        body = report("kernels", command, rows, dry=dry, **more)
-        save(body, out)
         if device == "cuda":
             torch.cuda.empty_cache()
-    if not done:
-        raise SystemExit(f"no time for a single case in {seconds:.0f} s")
-    return body
+    base = next((case for case in cases if isinstance(case, SamplingCase)), None)
+    if base is not None and device == "cuda" and (dry or time.monotonic() - start < seconds - COMPILING):
+        results.add(measure_compiled(base, device, clock, rounds, floors))
+    return results
+
+
+def is_lost(device: str) -> bool:
+    """Whether nothing more can be done on the device from this process."""
+    try:
+        torch.zeros(1, device=device).add_(1).cpu()
+    except Exception:
+        return True
+    return False
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
@@ -331,7 +266,8 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def short_table(body: dict[str, Any]) -> str:
-    lines = [f"{'case':52} {'us':>9} {'floor x':>8} {'GB/s':>7} {'target':>7}"]
+    lines = [] if (why := unproven(body)) is None else [f"UNPROVEN: {why}"]
+    lines.append(f"{'case':52} {'us':>9} {'floor x':>8} {'GB/s':>7} {'target':>7}")
     for row in body["cases"]:
         numbers = [row.get(k) for k in ("microseconds", "of_floor", "gb_per_s", "target")]
         shown = ["-" if n is None else f"{n:.1f}" for n in numbers]
@@ -341,25 +277,40 @@ def short_table(body: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, no times kept")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, no times kept; also without a GPU")
     parser.add_argument("--quick", action="store_true", help="the cases that have targets only")
-    parser.add_argument("--tested", action="store_true", help="the tests passed on this device just now")
+    parser.add_argument("--check", metavar="CASE", help="only compare this case with the reference")
     parser.add_argument("--seconds", type=float, default=180.0, help="start no case after this long")
+    parser.add_argument("--done", type=Path, action="append", default=[], help="result file whose cases are left out")
     parser.add_argument("--out", type=Path, help="result file; default kernels.json in ESAMP_BENCH_OUT or bench/out")
     a = parser.parse_args(arguments)
-    if not a.dry and not torch.cuda.is_available():
+    dry = a.dry or dry_by_environment()
+    if not dry and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing to measure here (--dry runs the same code on tiny shapes)")
-    cases = dry_cases() if a.dry else kernel_cases(a.quick)
+    device, start = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic()
+    cases = dry_cases() if dry else kernel_cases(a.quick)
+    if a.check is not None:
+        return check_cases.check_one(next(case for case in cases if case.name == a.check), device)
+    finished = {row["case"] for path in a.done for row in load(path)["cases"] if not row.get("failed")}
+    cases = [case for case in cases if case.name not in finished]
+    out = a.out or output_folder() / "kernels.json"
     command = "python -m bench.bench_kernels " + " ".join(arguments if arguments is not None else sys.argv[1:])
-    device, out = "cpu" if a.dry else "cuda", a.out or output_folder() / "kernels.json"
+    left = [case for case in cases if case.name not in {row["case"] for row in continued(out, "kernels")}]
+    wrong = check_cases.check_all([case.name for case in left], dry, a.seconds / 2)
     with torch.no_grad():
-        body = run(cases, device, dry=a.dry, tested=a.tested, seconds=a.seconds, command=command.strip(), out=out)
-    print(short_table(body))
-    if body["faults"]:
-        raise SystemExit("\n".join(body["faults"]))
+        results = run(
+            cases, device, dry=dry, seconds=a.seconds - (time.monotonic() - start), command=command.strip(), out=out,
+            wrong=lambda case: wrong[case.name],
+        )  # fmt: skip
+    if not results.body:
+        raise SystemExit(f"no time for a single case in {a.seconds:.0f} s")
+    print(short_table(results.body))
+    bad = [f"{row['name']}: {row['failed']}" for row in results.rows if row["op"] == "case"] + results.body["faults"]
+    print(*bad, sep="\n")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -173,9 +173,10 @@ def machine() -> dict[str, str]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(model: str, task: str, study: str) -> None:
+def _start_worker(model: str, task: str, study: str, device: str) -> None:
     torch.set_num_threads(1)  # the workers fill the cores
-    _worker.update(source=load_source(model), task=load_task(task), samplers=studies()[study])
+    torch.set_default_device(device)
+    _worker.update(source=load_source(model, device), task=load_task(task), samplers=studies()[study])
 
 
 def _work(job: tuple[Unit, str]) -> None:
@@ -188,8 +189,9 @@ def _work(job: tuple[Unit, str]) -> None:
 
 
 def run_study(
-    out: Path, study: str, model: str, task: str, pool: Pool, problems: int, seeds: int, ks: Sequence[int], workers: int
-) -> None:
+    out: Path, study: str, model: str, task: str, pool: Pool, problems: int, seeds: int, ks: Sequence[int],
+    workers: int, device: str = "cpu",
+) -> None:  # fmt: skip
     """Run what ``out`` does not hold yet.  Raises ArgumentError."""
     if study not in studies():
         raise ArgumentError(f"--study must be one of {', '.join(studies())}, got {study!r}")
@@ -202,7 +204,7 @@ def run_study(
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as progress,
-        context.Pool(max(1, min(workers, len(todo))), _start_worker, (model, task, study)) as pool_of_workers,
+        context.Pool(max(1, min(workers, len(todo))), _start_worker, (model, task, study, device)) as pool_of_workers,
     ):
         bar = progress.add_task(study, total=len(everything), completed=len(everything) - len(todo))
         for _ in pool_of_workers.imap_unordered(_work, [(unit, str(out)) for unit in todo]):
@@ -237,9 +239,10 @@ def run(
         ",".join(map(str, KS))
     ),
     workers: Annotated[int, typer.Option(min=1)] = 2,
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'; which samples come out depends on it.")] = "cpu",
 ) -> None:
     """Sample and judge."""
-    run_study(out, study, model, task, pool, problems, seeds, [int(k) for k in ks.split(",")], workers)  # type: ignore[arg-type]
+    run_study(out, study, model, task, pool, problems, seeds, [int(k) for k in ks.split(",")], workers, device)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -37,7 +37,8 @@ class DenseDistillers:
     ) -> None:
         self.config, self.scale = config, scale
         start = start_weights(hidden, config, torch.device("cpu")) if start is None else start
-        self.weights = DistillerWeights(*(w.float().expand(groups, *w.shape).clone() for w in start))
+        start = DistillerWeights(*(w.float().to(torch.get_default_device()) for w in start))
+        self.weights = DistillerWeights(*(w.expand(groups, *w.shape).clone() for w in start))
         self._rates = learning_rates(config, hidden)
         self._velocity = [torch.zeros_like(w) for w in self.weights] if config.momentum else None
 
@@ -118,7 +119,7 @@ class DistillerMemory:
         self._beta, self._random = beta, random
         self._weight = parts.head.weight.float()
         self._distillers = DenseDistillers(setting.groups, parts.hidden_size, config, parts.deep_scale, start)
-        self._noise = torch.Generator().manual_seed(int(setting.request_seeds[0]) & (2**63 - 1))
+        self._noise = torch.Generator("cpu").manual_seed(int(setting.request_seeds[0]) & (2**63 - 1))
         self.losses: list[float] = []
 
     def begin(self, shallow: Tensor, deep: Tensor) -> None:
@@ -128,7 +129,7 @@ class DistillerMemory:
     def penalty(self, siblings: Tensor) -> Tensor:
         error = self._error[:, siblings]
         if self._random:
-            noise = torch.randn(error.shape, generator=self._noise)
+            noise = torch.randn(error.shape, generator=self._noise, device="cpu").to(error.device)
             error = noise * error.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
         return -self._beta * (error @ self._weight.T)
 

@@ -36,7 +36,8 @@ class Memory(Protocol):
 def random_keys(states: Tensor, width: int) -> Tensor:
     """unit(LayerNorm(states) R), R a fixed random matrix [H, width]."""
     hidden = states.shape[-1]
-    projection = torch.randn(hidden, width, generator=torch.Generator().manual_seed(KEY_SEED))
+    generator = torch.Generator("cpu").manual_seed(KEY_SEED)  # the same matrix on every device
+    projection = torch.randn(hidden, width, generator=generator, device="cpu").to(states.device)
     return F.normalize(F.layer_norm(states.float(), (hidden,)) @ projection, dim=-1)
 
 

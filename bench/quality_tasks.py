@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+import torch
 from torch import nn
 
 from esamp_core import countdown
@@ -133,13 +134,15 @@ class Source:
         return list(self.tokenizer(prompt)["input_ids"])
 
 
-def load_source(name: str) -> Source:
-    """``"countdown"`` or a folder or hub name of a transformers model, in float32 on the CPU."""
+def load_source(name: str, device: str = "cpu") -> Source:
+    """``"countdown"`` or a folder or hub name of a transformers model, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = countdown.PATH if name == "countdown" else name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    model = model.to(device)
     label = name if name == "countdown" else Path(name).name
     return Source(label, model, AutoTokenizer.from_pretrained(path))

@@ -1,9 +1,10 @@
 """Result files: when, where, with what, and the cases.
 
     {"kind": "kernels" | "decode" | "cpu", "dry": false, "date": ..., "command": ..., "commit": ..., "machine": {...},
-     "versions": {...}, "floors": {...}, "cases": [{"name": ..., ...}]}
+     "versions": {...}, "tests": {...} | null, "floors": {...}, "cases": [{"name": ..., ...}]}
 
-A dry run exercises the code on tiny shapes; its times say nothing and are not kept.
+A dry run exercises the code on tiny shapes; its times say nothing and are not kept.  ``tests`` are those that ran
+before on the same machine: where some failed or did not finish, the numbers are unproven, and every table says so.
 """
 
 from __future__ import annotations
@@ -43,15 +44,27 @@ def output_folder() -> Path:
     return folder
 
 
+def dry_by_environment() -> bool:
+    """ESAMP_BENCH_DRY=1: tiny shapes, whatever the command says."""
+    return os.environ.get("ESAMP_BENCH_DRY") == "1"
+
+
 def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return ""
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def commit() -> str:
-    """The tree's commit, "+" where it has changes; "unknown" outside a clone."""
+    """The tree's commit, "+" where it has changes; ESAMP_COMMIT's word for a copy without .git, else "unknown"."""
     head = _git("rev-parse", "--short=12", "HEAD")
-    return (head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")) if head else "unknown"
+    return (
+        (head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""))
+        if head
+        else os.environ.get("ESAMP_COMMIT") or "unknown"
+    )
 
 
 def _cpu_model() -> str:
@@ -88,10 +101,46 @@ def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, *
         "commit": commit(),
         "machine": machine(),
         "versions": installed("python", "torch", "triton", "transformers", "flashinfer-python"),
+        "tests": recorded_tests(),
         **more,
         "cases": cases,
     }
     return without_times(body) if dry else body
+
+
+def recorded_tests() -> dict[str, Any] | None:
+    """What tests/record.py wrote into ESAMP_TEST_RECORD: how many passed, which failed, and whether all ran."""
+    path = os.environ.get("ESAMP_TEST_RECORD")
+    if not path or not Path(path).exists():
+        return None
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    outcomes: dict[str, str] = {}
+    for line in lines:
+        if "test" in line and (line["outcome"] != "passed" or line["test"] not in outcomes):
+            outcomes[line["test"]] = line["outcome"]
+    failed = sorted(test for test, outcome in outcomes.items() if outcome == "failed")
+    passed = sum(outcome == "passed" for outcome in outcomes.values())
+    return {"passed": passed, "failed": failed, "finished": any("exit" in line for line in lines)}
+
+
+def unproven(body: dict[str, Any]) -> str | None:
+    """Why this result's numbers are not proven by the tests of the same run; None where they are, or need not be."""
+    if body["kind"] == "cpu":
+        return None
+    tests = body.get("tests")
+    if tests is None:
+        return "no tests ran before"
+    if tests["failed"]:
+        return f"{len(tests['failed'])} tests failed: {', '.join(tests['failed'][:5])}"
+    return None if tests["finished"] and tests["passed"] else f"the tests did not finish, {tests['passed']} passed"
+
+
+def continued(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The cases of a result file that this very run began: same commit, same day, dry or not as now; else none."""
+    if not path.exists():
+        return []
+    body, now = load(path), {"kind": kind, "commit": commit(), "date": datetime.date.today().isoformat()}
+    return body["cases"] if {key: body[key] for key in now} == now else []
 
 
 def without_times(value: Any) -> Any:

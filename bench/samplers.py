@@ -224,7 +224,7 @@ class ExploredRun:
         return Pick(draw.token_ids.clamp_min(0), draw.logprob, draw.novelty * self._beta)
 
     def keep(self, index: Tensor) -> None:
-        self._rows = self._rows.keep(index)
+        self._rows = self._rows.keep(index.cpu())
 
     def losses(self) -> list[float]:
         return self._losses if self._explorer.config.lr > 0 else []

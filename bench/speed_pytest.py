@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.bench_kernels import Case, check, distiller_ops, dry_cases, measure_case, measure_floors, sampling_ops
+from bench.bench_kernels import dry_cases, measure_case, measure_floors
 from bench.cases import SamplingCase, kernel_cases
+from bench.kernel_ops import Case, check, ops
 from bench.measure import Clock, GraphClock, HostClock
 from bench.results import without_times
 
@@ -36,11 +37,11 @@ def floors(clock: Clock) -> dict[str, float]:
 @torch.no_grad()
 def test_speed(case: Case, clock: Clock, floors: dict[str, float], benchmark: Any) -> None:
     assert check(case, DEVICE) is None
-    rows = measure_case(case, DEVICE, clock, 30 if GPU else 3, floors, with_peers=True, compile_too=False)
+    rows = measure_case(case, DEVICE, clock, 30 if GPU else 3, floors, with_peers=True)
     benchmark.extra_info["floors"] = floors if GPU else None
     benchmark.extra_info["ops"] = rows if GPU else without_times(rows)
     # What pytest-benchmark itself times is an ordinary call, host and launches included.
-    calls, _ = sampling_ops(case, DEVICE) if isinstance(case, SamplingCase) else distiller_ops(case, DEVICE)
+    calls, _ = ops(case, DEVICE)
     whole = calls["explore" if isinstance(case, SamplingCase) else "distiller_forward"][0]
 
     def call() -> None:

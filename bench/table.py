@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import RESULTS, ROOT, load
+from bench.results import RESULTS, ROOT, load, unproven
 
 START = "<!-- bench: made by `make bench-table` from bench/results; do not edit -->"
 END = "<!-- /bench -->"
@@ -40,7 +40,8 @@ def versions(body: dict[str, Any]) -> str:
     machine = body["machine"]
     where = machine.get("gpu") if body["kind"] != "cpu" else f"{machine['cpu']}, {machine['threads']} thread(s)"
     driver = f", driver {machine['driver']}" if body["kind"] != "cpu" else ""
-    return f"`{body['command']}` on {where}{driver}; {named}; commit {body['commit']}; {body['date']}."
+    doubt = "" if (why := unproven(body)) is None else f"**Unproven**: {why}. "
+    return f"{doubt}`{body['command']}` on {where}{driver}; {named}; commit {body['commit']}; {body['date']}."
 
 
 def cpu_table(body: dict[str, Any]) -> list[str]:

@@ -22,8 +22,8 @@ class Config:
 
     scan_blocks: int = 32
     scan_warps: int = 8
-    select_elements: int = 4096
-    select_warps: int = 8
+    select_elements: int = 2048
+    select_warps: int = 4
     sort_warps: int = 4
     beyond_elements: int = 2048
     beyond_warps: int = 8
@@ -47,14 +47,15 @@ class Config:
 Rule = tuple[tuple[int, int, int, int | None], dict[str, int]]
 COMMON: tuple[Rule, ...] = (
     ((0, 0, 0, 4), {"scan_blocks": 16}),
-    ((0, 0, 257, None), {"sort_warps": 8, "beyond_elements": 4096, "beyond_warps": 16}),
+    ((0, 0, 257, None), {"sort_warps": 8, "beyond_elements": 4096, "beyond_warps": 8}),
 )
 TABLE: dict[str, tuple[Rule, ...]] = {
-    "sm_80": COMMON,
+    # Or `beyond` on two-byte logits spills, as some versions of Triton compile it.
+    "sm_80": (((0, 0, 0, 2), {"beyond_elements": 1024, "beyond_warps": 4}), *COMMON),
     "sm_90": COMMON,
     "sm_100": COMMON,
     # A wave's lane masks live in scalar registers, two each: smaller tiles, or they spill.
-    "gfx942": (*COMMON, ((0, 0, 0, None), {"select_elements": 2048, "beyond_elements": 1024, "beyond_warps": 8})),
+    "gfx942": (*COMMON, ((0, 0, 0, None), {"select_warps": 8, "beyond_elements": 1024})),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -36,15 +36,39 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_CUDA:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("traced") and "ESAMP_SIMULATED_CUDA" in os.environ:
+            item.add_marker(pytest.mark.skip(reason="a simulated GPU's tensors cannot be traced"))
+        if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
+            item.add_marker(pytest.mark.skip(reason="needs Triton's interpreter: its kernels get CPU tensors"))
+
+
+def device_is_lost() -> bool:
+    """After a fault in a kernel every later call of this process fails too."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    if HAS_CUDA and device_is_lost():
+        # xdist reports this test as the one that crashed, and starts another worker for the others.
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the device is lost since {item.nodeid}", returncode=1)
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """The device that kernels run on: "cuda", or "cpu" under Triton's interpreter."""
+    """The device that kernels run on: "cuda", or "cpu" under Triton's interpreter.  Who takes it is marked `device`."""
     return "cuda" if HAS_CUDA else "cpu"
 
 

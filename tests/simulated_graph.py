@@ -112,13 +112,14 @@ class SimulatedGraph:
     """A ``decoder_graph.StepGraph``."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._recording: Recording | None = None
         self.replays = 0
 
     @property
     def names(self) -> set[str]:
         """The operations, like "aten.copy_"."""
-        return {str(getattr(func, "overloadpacket", func)) for func, *_ in self._calls}
+        calls = [] if self._recording is None else self._recording.calls
+        return {str(getattr(func, "overloadpacket", func)) for func, *_ in calls}
 
     def rehearse(self, step: Callable[[], None]) -> str | None:
         found: list[str] = []
@@ -133,46 +134,63 @@ class SimulatedGraph:
         return f"a step waits: {found[0]}" if found else None
 
     def capture(self, step: Callable[[], None]) -> None:
-        self._calls = []
-        fresh: dict[int, Any] = {}  # storages made by the step
-        before: dict[int, tuple[Tensor, Tensor]] = {}  # memory that was there, as it was
-
-        def refuse(name: str) -> None:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-
-        def call(func: Any, args: Any, kwargs: Any) -> Any:
-            if waits(func, args):
-                refuse(str(func))
-            for tensor in written(func, args, kwargs):
-                place = _place(tensor)
-                if place and place not in fresh and place not in before:
-                    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-                    before[place] = (whole, whole.clone())
-            result = func(*args, **kwargs)
-            given = {_place(t) for t in _tensors((args, kwargs))}
-            outputs = _tensors(result)
-            for tensor in outputs:
-                if (place := _place(tensor)) and place not in given:
-                    fresh[place] = tensor.untyped_storage()
-            self._calls.append((func, args, kwargs, outputs))
-            return result
-
+        self._recording = Recording()
         try:
-            with _Watch(call, refuse):
+            with _Watch(self._recording.call, refuse):
                 step()
         finally:
-            for whole, was in before.values():
-                whole.copy_(was)
-        for storage in fresh.values():
-            storage.fill_(255)  # NaN, or a number that is no token: nothing was computed yet
+            self._recording.finish()
 
     def replay(self) -> None:
-        assert self._calls, "nothing was captured"
+        assert self._recording, "nothing was captured"
         self.replays += 1
-        for func, args, kwargs, outputs in self._calls:
+        self._recording.replay()
+
+
+class Recording:
+    """Operations as they are recorded: none leaves a trace in memory that was there before."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._fresh: dict[int, Any] = {}  # storages made by the step
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory that was there, as it was
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if waits(func, args):
+            refuse(str(func))
+        for tensor in written(func, args, kwargs):
+            place = _place(tensor)
+            if place and place not in self._fresh and place not in self._before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self._before[place] = (whole, whole.clone())
+        result = func(*args, **kwargs)
+        given = {_place(t) for t in _tensors((args, kwargs))}
+        outputs = _tensors(result)
+        for tensor in outputs:
+            if (place := _place(tensor)) and place not in given:
+                self._fresh[place] = tensor.untyped_storage()
+        self.calls.append((func, args, kwargs, outputs))
+        return result
+
+    def run(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.call(func, args, kwargs)
+
+    def finish(self) -> None:
+        for whole, was in self._before.values():
+            whole.copy_(was)
+        for storage in self._fresh.values():
+            storage.fill_(255)  # NaN, or a number that is no token: nothing was computed yet
+        self._before, self._fresh = {}, {}
+
+    def replay(self) -> None:
+        for func, args, kwargs, outputs in self.calls:
             for old, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
                 if _place(old) != _place(new):
                     old.copy_(new)
+
+
+def refuse(name: str) -> None:
+    raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
 
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

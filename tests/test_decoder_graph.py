@@ -1,6 +1,6 @@
 """The decoder's graph mode: a replayed step does what an eager one does, and where it cannot, it is not used.
 
-On the CPU a simulated graph stands in for CUDA's (tests/simulated_graph.py); tests at the end need a GPU."""
+A simulated graph stands in for CUDA's (tests/simulated_graph.py); tests/test_decoder_gpu.py has the real one."""
 
 from __future__ import annotations
 
@@ -190,6 +190,7 @@ def test_explorer_that_is_given_is_left_in_order(graphs: Graphs) -> None:
     assert results[:3] == results[3:]
 
 
+@pytest.mark.interpreter
 def test_triton_ops_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops that a GPU runs, in Triton's interpreter: nothing that they do escapes the recording."""
     pytest.importorskip("triton")
@@ -336,65 +337,3 @@ def test_cpu_has_no_graph_and_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(run(build("llama"), "auto")) == 8
-
-
-# --- on a GPU -------------------------------------------------------------------------------------------------------
-
-
-def on_gpu(name: str) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model: Any = MODELS[name]().eval()
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    return model.cuda()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ["deep", "choice"])
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gemma3", "gpt2"])
-def test_gpu_graph_is_eager(name: str, target: Any) -> None:
-    config = DistillerConfig(target=target)
-    options: dict[str, Any] = {"n": 4, "max_new_tokens": 30, "max_batch_rows": 12}
-    want = run(on_gpu(name), False, config, **options)
-    assert run(on_gpu(name), True, config, **options) == want
-
-
-@pytest.mark.gpu
-def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, replayed = decoder_run.Run._step, []
-
-    def step(self: Any, *args: Any) -> Any:
-        if not self._steps._captured:
-            return original(self, *args)
-        replayed.append(1)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return original(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(decoder_run.Run, "_step", step)
-    run(on_gpu("llama"), True, stop_token_ids=(), max_new_tokens=20)
-    assert len(replayed) >= 17
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("wait", ["item", "synchronize"])
-def test_gpu_fallback(wait: str) -> None:
-    """A wait that the rehearsal sees, and one that only the capture does; afterwards all is as before."""
-    model = on_gpu("llama")
-
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        if wait == "item":
-            float(inputs[0].sum())
-        else:
-            torch.cuda.current_stream().synchronize()
-
-    handle = model.model.layers[1].register_forward_hook(hook)
-    want = run(model, False)
-    with pytest.warns(UserWarning, match="without a CUDA graph"):
-        assert run(model, "auto") == want
-    handle.remove()
-    assert torch.randn(1000, device="cuda").isfinite().all()
-    assert run(model, True) == want

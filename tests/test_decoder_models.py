@@ -301,24 +301,3 @@ def test_step_reads_nothing_from_the_device(
     config = DistillerConfig(lr=0.0)
     Decoder(build(name), config=config).generate(prompts, n=2, params=greedy(), max_new_tokens=9, cache=cache)
     assert reads.found == []
-
-
-@pytest.mark.gpu
-def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from esamp_core import decoder_run
-
-    original = decoder_run.Run._step
-
-    def step(self: Any, *args: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return original(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    model = MODELS["llama"]().eval().cuda()
-    stop = tuple(range(3, 15))
-    options = {"n": 4, "params": SamplingParams(seed=3), "max_new_tokens": 20, "stop_token_ids": stop}
-    want = Decoder(model).generate(PROMPTS, **options, max_batch_rows=8)
-    monkeypatch.setattr(decoder_run.Run, "_step", step)
-    assert Decoder(model).generate(PROMPTS, **options, max_batch_rows=8) == want

@@ -194,6 +194,7 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("name", ["forward", "step"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     """Among them: what an op does not say it writes, it does not write."""
@@ -201,6 +202,7 @@ def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     torch.library.opcheck(getattr(distiller, f"{name}_op"), arguments[name], test_utils=checks)
 
 
+@pytest.mark.traced
 def test_both_ops_in_a_compiled_step(device: str) -> None:
     """torch.compile keeps both, in order, and what they write arrives."""
     state, (shallow, deep) = make_float_state(), (t.float() for t in states(4, HIDDEN))

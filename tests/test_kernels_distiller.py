@@ -371,20 +371,18 @@ def test_tiles_never_look_at_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_explorer_on_kernels_and_on_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explorer_on_kernels_and_on_torch(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps of two groups, a row leaving on the way: the same tokens and nearly the same numbers."""
-    if torch.cuda.is_available():
-        pytest.skip("the Explorer of this test lives on the CPU")
     results = {}
     for backend in ("torch", "triton"):
         monkeypatch.setenv("ESAMP_BACKEND", backend)
-        explorer = make(DistillerConfig(rank=4, lr=0.3, weight_dtype=dtype))
+        explorer = make(DistillerConfig(rank=4, lr=0.3, weight_dtype=dtype), device)
         rows = explorer.open(["a", "a", "a", "b", "b"], PARAMS)
         tokens, novelty = [], []
         for step in range(6):
             if step == 3:
                 rows = rows.keep([True, True, False, True, True])
-            shallow, deep = taps(len(rows), step)
+            shallow, deep = to(device, *taps(len(rows), step))
             explorer.predict(shallow, rows)
             draw = explorer.sample(logits_of(explorer, deep), rows)
             explorer.learn(deep, rows)

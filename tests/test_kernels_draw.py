@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,8 @@ from esamp_core import philox as reference_philox
 from esamp_core import reference
 from esamp_core.structures import Candidates, Reweighted, RowParams
 from tests.kernel_cases import (
+    EXAMPLES,
+    NUMBERS,
     ROW_KINDS,
     close_call,
     equal_bits,
@@ -25,6 +26,7 @@ from tests.kernel_cases import (
     off,
     quick_interpreter,
     same_draw,
+    some_of,
     to,
 )
 
@@ -114,21 +116,20 @@ def compare(
     Differences.differed += same_draw(got, want, may_differ)
 
 
-@settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "40")))
+@pytest.mark.parametrize("number", range(NUMBERS))
+@settings(max_examples=max(1, EXAMPLES // NUMBERS))
 @given(
+    data=st.data(),
     kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=4),
-    vocab=st.sampled_from((1, 2, 127, 128, 129, 1000)),
     seed=st.integers(0, 2**31),
-    cap=st.sampled_from((1, 4, 16, 64)),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
-    filter_order=st.sampled_from(("transformers", "vllm")),
-    head_kind=st.sampled_from(sorted(HEADS)),
     with_model=st.booleans(),
 )
-def test_draws(
-    device: str, kinds: list[str], vocab: int, seed: int, cap: int, dtype: torch.dtype, filter_order: str,
-    head_kind: str, with_model: bool,
-) -> None:  # fmt: skip
+def test_draws(device: str, number: int, data: st.DataObject, kinds: list[str], seed: int, with_model: bool) -> None:
+    vocab = data.draw(st.sampled_from(some_of((1, 2, 127, 128, 129, 1000), number)), "vocab")
+    cap = data.draw(st.sampled_from(some_of((1, 4, 16, 64), number)), "cap")
+    head_kind = data.draw(st.sampled_from(some_of(sorted(HEADS), number)), "head")
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[number % 3]
+    filter_order = ("transformers", "vllm")[number // 3]
     logits = make_rows(kinds, vocab, seed, dtype)
     model = make_rows(kinds[::-1], vocab, seed + 1, dtype) if with_model else None
     params = make_params(seed, len(kinds), vocab)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from esamp_core.learner import CudaLane, SerialLane
 from esamp_core.sample import DistillerConfig, Draw, Explorer, Head, SamplingParams
-from tests.kernel_cases import ROW_KINDS, equal_bits, make_head, make_params, make_rows, to
+from tests.kernel_cases import (
+    INTERPRETED,
+    ROW_KINDS,
+    equal_bits,
+    make_head,
+    make_params,
+    make_rows,
+    quick_interpreter,
+    to,
+)
 from tests.test_learner import CONFIGS, run
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +30,15 @@ pytest.importorskip("triton")
 
 from esamp_core import triton_backend  # noqa: E402
 
-VOCAB, HIDDEN, ROWS = 5003, 64, 2 * len(ROW_KINDS)
+# In a rehearsal without a GPU the interpreter has to do it all.
+VOCAB, HIDDEN, ROWS = 140 if INTERPRETED else 5003, 64, 2 * len(ROW_KINDS)
+REPLAYS = 8 if INTERPRETED else 54
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_interpreter():
+        yield
 
 
 def inputs(seed: int) -> list[Any]:
@@ -120,7 +137,7 @@ class SleepyLane(CudaLane):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_second_stream_equals_serial(name: str) -> None:
     """A random schedule of joins, ends and masks, bit for bit."""
-    steps = 1000 if name == "deep" else 200
+    steps = 6 if INTERPRETED else 1000 if name == "deep" else 200
     serial, serial_state = run(SerialLane(), steps, 0, CONFIGS[name], "cuda")
     late, late_state = run(SleepyLane(0), steps, 0, CONFIGS[name], "cuda")
     for number, (a, b) in enumerate(zip(serial, late, strict=True)):
@@ -132,12 +149,12 @@ def test_second_stream_equals_serial(name: str) -> None:
 class Decoding:
     """An Explorer on the device, and memory for the inputs of its steps that stays where it is."""
 
-    rows, hidden, vocab = 24, 320, 5003
+    rows, hidden, vocab = (9, 32, VOCAB) if INTERPRETED else (24, 320, VOCAB)
 
     def __init__(self, config: DistillerConfig) -> None:
         weight = torch.randn(self.vocab, self.hidden, generator=torch.Generator().manual_seed(0)) / self.hidden**0.5
         self.explorer = Explorer(Head(weight.bfloat16().cuda()), self.hidden, config, max_groups=4, max_rows=32)
-        groups = [*"abc" * 7, None, "d", "d"]
+        groups = [*"abc" * ((self.rows - 3) // 3), None, "d", "d"]
         self.open = self.explorer.open(groups, SamplingParams(temperature=0.9, min_p=0.02, beta=0.5, seed=3))
         self.shallow, self.deep = (torch.zeros(self.rows, self.hidden, device="cuda") for _ in range(2))
         self.logits = torch.zeros(self.rows, self.vocab, device="cuda", dtype=torch.bfloat16)
@@ -203,7 +220,7 @@ def test_captured_step_equals_eager(name: str) -> None:
     """Predict, sample and learn in one graph, the second stream forked and joined inside: 50 replays, bit for bit, one
     eager step after a look at the statistics among them."""
     eager, captured = Decoding(STEP_CONFIGS[name]), Decoding(STEP_CONFIGS[name])
-    want = eager.steps(range(54))
+    want = eager.steps(range(REPLAYS))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -215,15 +232,15 @@ def test_captured_step_equals_eager(name: str) -> None:
     with torch.cuda.graph(graph, stream=stream):
         drawn = captured.step()
     assert learner.host_state == steady
-    for number in range(3, 54):
+    for number in range(3, REPLAYS):
         captured.fill(number)
-        if number == 30:
+        if number == REPLAYS // 2:
             captured.explorer.stats()
         if learner.host_state == steady:
             graph.replay()
             got.append([column.clone() for column in drawn])
         else:
-            assert number == 30
+            assert number == REPLAYS // 2
             got.append([column.clone() for column in captured.step()])
     for number, (a, b) in enumerate(zip(want, got, strict=True)):
         assert equal_bits(tuple(a), tuple(b)), number

@@ -58,12 +58,14 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("name", ["select", "score", "reweight", "draw", "explore", "explore coded"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(explore, f"{name.split()[0]}_op"), arguments[name], test_utils=checks)
 
 
+@pytest.mark.traced
 def test_fakes_have_the_shapes(arguments: dict[str, tuple[object, ...]]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -76,6 +78,7 @@ def test_fakes_have_the_shapes(arguments: dict[str, tuple[object, ...]]) -> None
         assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs), name
 
 
+@pytest.mark.traced
 def test_one_opaque_op_in_a_graph(device: str, arguments: dict[str, tuple[object, ...]]) -> None:
     values = arguments["explore"]
     graphs = []
@@ -90,10 +93,11 @@ def test_one_opaque_op_in_a_graph(device: str, arguments: dict[str, tuple[object
     assert torch.ops.esamp.explore.default in calls or explore.explore_op in calls
 
 
-def test_warm_up_runs_every_op(device: str) -> None:
+@pytest.mark.parametrize("with_head", [False, True])
+def test_warm_up_runs_every_op(device: str, with_head: bool) -> None:
     head, _ = make_head(VOCAB, HIDDEN, 1)
-    warm_up(VOCAB, HIDDEN, WIDTH, device=device, dtype=torch.bfloat16, weight=head.weight.to(device), softcap=30.0)
-    warm_up(VOCAB, HIDDEN, WIDTH, device=device)
+    options = {"dtype": torch.bfloat16, "weight": head.weight.to(device), "softcap": 30.0} if with_head else {}
+    warm_up(VOCAB, HIDDEN, WIDTH, device=device, **options)
 
 
 @pytest.mark.parametrize("target", ["deep", "choice"])
@@ -148,11 +152,17 @@ def test_compile_checker_sees_faults() -> None:
     """The checker's own rules, on made-up lines (compiling is `make check-kernels`)."""
     program = """
 import sys; sys.path.insert(0, "tests")
-from check_kernels import Line, narrowest_load
-assert Line("sm_90", "k", "c", 32, 0, 1024, 16).faults() == []
-assert len(Line("gfx942", "k", "c", 32, 4, 70000, None).faults()) == 2
-assert len(Line("sm_80", "k", "c", 32, 0, 0, 8).faults()) == 1
+from check_kernels import Line, narrowest_load, programs_at_once
+line = Line("sm_90", "k", "c", 32, 0, 1024, 16, 256, 640, 4096)
+assert line.faults() == [] and line.per_logit == 40
+assert len(Line("gfx942", "k", "c", 32, 4, 70000, None, 256, 1, None).faults()) == 2
+assert len(Line("sm_80", "k", "c", 32, 0, 0, 8, 128, 1, None).faults()) == 1
 assert narrowest_load("") is None
+# Registers, warps, programs and shared memory each set a limit; figures of CUDA's occupancy calculator.
+limits = ((3, (128, 138, 16)), (2, (256, 85, 128)), (8, (256, 32, 0)), (32, (32, 32, 0)), (4, (128, 32, 50000)))
+for limit, arguments in limits:
+    assert programs_at_once("sm_90", *arguments) == limit, (limit, arguments, programs_at_once("sm_90", *arguments))
+assert programs_at_once("sm_80", 128, 32, 50000) == 3 and programs_at_once("gfx942", 256, 128, 40000) == 1
 """
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,9 @@ from hypothesis import strategies as st
 from esamp_core import reference
 from esamp_core.structures import RowParams, Status
 from tests.kernel_cases import (
+    EXAMPLES,
+    INTERPRETED,
+    NUMBERS,
     ROW_KINDS,
     equal_bits,
     make_params,
@@ -21,6 +23,7 @@ from tests.kernel_cases import (
     off,
     quick_interpreter,
     same_candidates,
+    some_of,
     to,
 )
 
@@ -64,18 +67,17 @@ def _few_rows_differed() -> Iterator[None]:
     assert Differences.differed <= max(2, Differences.rows // 50), (Differences.differed, Differences.rows)
 
 
-@settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "40")))
+@pytest.mark.parametrize("number", range(NUMBERS))
+@settings(max_examples=max(1, EXAMPLES // NUMBERS))
 @given(
+    data=st.data(),
     kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=4),
-    vocab=st.sampled_from(VOCABULARIES[:6]),
     seed=st.integers(0, 2**31),
-    cap=st.sampled_from((1, 2, 7, 16, 64)),
-    dtype=st.sampled_from(DTYPES),
-    filter_order=st.sampled_from(ORDERS),
 )
-def test_candidates(
-    device: str, kinds: list[str], vocab: int, seed: int, cap: int, dtype: torch.dtype, filter_order: str
-) -> None:
+def test_candidates(device: str, number: int, data: st.DataObject, kinds: list[str], seed: int) -> None:
+    vocab = data.draw(st.sampled_from(some_of(VOCABULARIES[:6], number)), "vocab")
+    cap = data.draw(st.sampled_from(some_of((1, 2, 7, 16, 64), number)), "cap")
+    dtype, filter_order = DTYPES[number % 3], ORDERS[number // 3]
     logits = make_rows(kinds, vocab, seed, dtype)
     params = make_params(seed, len(kinds), vocab)
     Differences.rows += len(kinds)
@@ -172,9 +174,9 @@ def test_no_rows(device: str) -> None:
 @pytest.mark.slow
 def test_many_rows(device: str) -> None:
     """The interpreter runs one program after the other, 10 ms each: fewer rows there, every 16th of which is active."""
-    rows = 4096 if torch.cuda.is_available() else 1024
+    rows = 1024 if INTERPRETED else 4096
     kinds = [ROW_KINDS[i % len(ROW_KINDS)] for i in range(rows)]
-    active = (torch.arange(rows) % 16 == 5) | torch.tensor(torch.cuda.is_available())
+    active = (torch.arange(rows) % 16 == 5) | torch.tensor(not INTERPRETED)
     compare(make_rows(kinds, 128, 6), make_params(6, rows, 128), "transformers", 4, device, active)
 
 
@@ -194,15 +196,15 @@ def test_batchmates_do_not_matter(device: str) -> None:
         assert equal_bits(run(everyone[row : row + 1]), tuple(t[row : row + 1] for t in whole))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
-def test_with_the_interpreters_own_sort(device: str) -> None:
+@pytest.mark.interpreter
+def test_with_the_interpreters_own_sort() -> None:
     import triton.language as tl
 
     quick = tl.sort
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tl, "sort", tl.standard.sort)
         assert tl.sort is not quick
-        compare(make_rows(["random", "all-equal"], 200, 3), off(2, top_p=0.6), "transformers", 20, device)
+        compare(make_rows(["random", "all-equal"], 200, 3), off(2, top_p=0.6), "transformers", 20, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["all -inf", "+inf"])

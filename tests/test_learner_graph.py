@@ -16,6 +16,7 @@ from esamp_core.sample import Activations, DistillerConfig, Explorer, Rows
 from tests.kernel_cases import equal_bits, quick_interpreter
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreter
 
 ROWS, STEPS = 4, 7
 Results = tuple[Tensor, ...]  # of a step: a Draw, or the prediction

@@ -21,11 +21,12 @@ def pins(*names: str) -> dict[str, str]:
 
 
 def test_environments_are_those_of_the_constraints() -> None:
-    newest, oldest, vllm = TRIED[:3]
+    newest, oldest, vllm, card = TRIED[:4]
     for environment, names in (
         (newest, ["constraints.txt"]),
         (oldest, ["constraints.txt", "constraints-oldest.txt"]),
         (vllm, ["constraints-vllm.txt"]),
+        (card, ["constraints.txt", "constraints-card.txt"]),
     ):
         pinned = pins(*names)
         for package in ("torch", "triton", "transformers"):

@@ -1,0 +1,100 @@
+"""The decoder on a GPU: real graphs replay what an eager step does, and no step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from esamp_core import decoder_run
+from esamp_core.decoder import Decoder
+from esamp_core.sample import DistillerConfig, SamplingParams
+from tests.kernel_cases import INTERPRETED, quick_interpreter
+from tests.test_decoder_graph import STOP, run
+from tests.test_decoder_models import MODELS, PROMPTS
+
+pytestmark = pytest.mark.gpu
+
+SIZE: dict[str, Any] = {"n": 4, "max_new_tokens": 30}
+if INTERPRETED:  # a rehearsal: the interpreter takes a second per step
+    SIZE = {"n": 1, "max_new_tokens": 6, "prompts": PROMPTS[:2]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_interpreter():
+        yield
+
+
+def on_gpu(name: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model: Any = MODELS[name]().eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.15)
+    return model.cuda()
+
+
+@pytest.mark.parametrize("target", ["deep", "choice"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gemma3", "gpt2"])
+def test_gpu_graph_is_eager(name: str, target: Any) -> None:
+    config = DistillerConfig(target=target)
+    want = run(on_gpu(name), False, config, max_batch_rows=12, **SIZE)
+    assert run(on_gpu(name), True, config, max_batch_rows=12, **SIZE) == want
+
+
+def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, replayed = decoder_run.Run._step, []
+
+    def step(self: Any, *args: Any) -> Any:
+        if not self._steps._captured:
+            return original(self, *args)
+        replayed.append(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(decoder_run.Run, "_step", step)
+    run(on_gpu("llama"), True, stop_token_ids=(), **SIZE)
+    assert len(replayed) >= SIZE["max_new_tokens"] - 3
+
+
+@pytest.mark.parametrize("wait", ["item", "synchronize"])
+def test_gpu_fallback(wait: str) -> None:
+    """A wait that the rehearsal sees, and one that only the capture does; afterwards all is as before."""
+    model = on_gpu("llama")
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        if wait == "item":
+            float(inputs[0].sum())
+        else:
+            torch.cuda.current_stream().synchronize()
+
+    handle = model.model.layers[1].register_forward_hook(hook)
+    want = run(model, False, **SIZE)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        assert run(model, "auto", **SIZE) == want
+    handle.remove()
+    assert torch.randn(1000, device="cuda").isfinite().all()
+    assert run(model, True, **SIZE) == want
+
+
+def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = decoder_run.Run._step
+
+    def step(self: Any, *args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model = MODELS["llama"]().eval().cuda()
+    options: dict[str, Any] = {"prompts": PROMPTS, "params": SamplingParams(seed=3), "stop_token_ids": STOP} | SIZE
+    want = Decoder(model).generate(**options, max_batch_rows=8)
+    monkeypatch.setattr(decoder_run.Run, "_step", step)
+    assert Decoder(model).generate(**options, max_batch_rows=8) == want
