@@ -1,24 +1,28 @@
 """What the kernels are measured against, in the same run: the same answer by other means, or the part of it they give.
 
 Samplers without exploration (temperature, top-k, top-p, min-p and a draw):
-    eager       PyTorch as engines write it: sort, mask, softmax, multinomial
-    compiled    the same under torch.compile
-    flashinfer  its fused top-k and top-p sampling, where that package is installed (no min-p)
+    eager         PyTorch as engines write it: sort, mask, softmax, multinomial
+    compiled      the same under torch.compile
+    transformers  its own logits warpers, and a draw
+    flashinfer    its fused top-k and top-p sampling (no min-p), where that package is installed
+    vllm          its Triton kernel for top-k and top-p (no min-p), and a draw, where that package is installed
 Distillers:
-    per_row     each row with its own copy of its group's weights, in batched products
+    per_row       each row with its own copy of its group's weights, in batched products
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from esamp_core.sample import DistillerConfig, DistillerState, RowParams
+from esamp_core.sample import DistillerConfig, DistillerState, RowParams, SamplingParams
 
 LAYER_NORM_EPS = 1e-5
+Sampler = Callable[[Tensor, RowParams], Tensor]  # logits [R, V] and parameters to token ids, int64 or int32 [R]
 
 
 def eager(logits: Tensor, params: RowParams) -> Tensor:
@@ -31,28 +35,119 @@ def eager(logits: Tensor, params: RowParams) -> Tensor:
     x = x.masked_fill(p.cumsum(-1) - p >= params.top_p[:, None], float("-inf"))
     p = x.softmax(-1)
     p = torch.where(p >= params.min_p[:, None] * p[:, :1], p, 0.0)
-    # Exponential noise and an argmax: multinomial without its check, which waits for the device.
     noise = torch.empty_like(p).exponential_()
     return ids.gather(-1, (p / noise).argmax(-1, keepdim=True))[:, 0]
 
 
-def compiled() -> Any:
-    return torch.compile(eager, dynamic=False)
+def draw_from(logits: Tensor) -> Tensor:
+    """int64 [R]: one draw per row.  Exponential noise and an argmax: multinomial's check would wait for the device."""
+    p = logits.softmax(-1, dtype=torch.float32)
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)
 
 
-def has_flashinfer() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None
+def compiled() -> Sampler:
+    """Its first call takes half a minute."""
+    made: Sampler = torch.compile(eager, dynamic=False)
+    return made
 
 
-def flashinfer(logits: Tensor, params: RowParams) -> Tensor:
-    """Its kernel takes float32 logits; temperature is applied before it."""
+def transformers_sampler() -> Sampler:
+    """Its warpers take one number for all rows: those of the first row."""
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    @functools.cache
+    def warpers(params: RowParams) -> list[Any]:
+        """Of parameters that are the same in all rows; read once, so that no later call waits for the device."""
+        temperature, top_k, top_p, min_p = (float(column[0]) for column in params[:4])
+        return [
+            TemperatureLogitsWarper(temperature), TopKLogitsWarper(int(top_k)), TopPLogitsWarper(top_p),
+            MinPLogitsWarper(min_p),
+        ]  # fmt: skip
+
+    def transformers(logits: Tensor, params: RowParams) -> Tensor:
+        x = logits.float()
+        for warper in warpers(params):
+            x = warper(None, x)
+        return draw_from(x)
+
+    return transformers
+
+
+def flashinfer_sampler() -> Sampler:
+    """Of float32 logits after temperature, with a top-k above 0 and a top-p for each row.  It has no min-p.
+
+    One top-k for all rows would take another way in it, said to be faster for few rows; its library is not carried.
+    """
     import flashinfer.sampling as sampling
 
-    scaled = logits.float() / params.temperature[:, None]
-    drawn: Tensor = sampling.top_k_top_p_sampling_from_logits(
-        scaled, params.top_k.int(), params.top_p, filter_apply_order="top_k_first", check_nan=False
-    )
-    return drawn
+    @functools.cache
+    def noise(device: torch.device) -> tuple[Tensor, Tensor]:
+        """Its seed and offset, on the device: numbers of the host stay in a graph as they were, and so would draws."""
+        return torch.randint(2**62, (1,), device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def flashinfer(logits: Tensor, params: RowParams) -> Tensor:
+        seed, offset = noise(logits.device)
+        offset += 32 * logits.shape[0]  # as much as it moves its own generator on
+        scaled = logits.float() / params.temperature[:, None]
+        drawn: Tensor = sampling.top_k_top_p_sampling_from_logits(
+            scaled, params.top_k.int(), params.top_p, filter_apply_order="top_k_first", deterministic=True,
+            check_nan=False, seed=seed, offset=offset,
+        )  # fmt: skip
+        return drawn
+
+    # Its library is loaded by the first draw, and where that fails it would be compiled, from sources that may not be
+    # there: better known now.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flashinfer(torch.zeros(1, 32, device=device), RowParams.of(SamplingParams(top_k=4), 1, device))
+    return flashinfer
+
+
+def vllm_sampler() -> Sampler:
+    """Of float32 logits after temperature, with a top-k above 0 and a top-p for each row.  It has no min-p.
+
+    Its kernel masks them in place; the logits given are kept, since temperature makes new ones.
+    """
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
+
+    if not (HAS_TRITON and current_platform.is_cuda_alike()):  # without, it can be imported but not called
+        raise RuntimeError("vLLM finds no GPU, or no Triton")
+
+    def vllm(logits: Tensor, params: RowParams) -> Tensor:
+        scaled = logits.float() / params.temperature[:, None]
+        return draw_from(apply_top_k_top_p_triton(scaled, params.top_k.int(), params.top_p))
+
+    return vllm
+
+
+MAKERS: dict[str, Callable[[], Sampler]] = {
+    "eager": lambda: eager,
+    "transformers": transformers_sampler,
+    "flashinfer": flashinfer_sampler,
+    "vllm": vllm_sampler,
+}
+
+
+@functools.cache
+def _made() -> tuple[dict[str, Sampler], dict[str, str]]:
+    found, lacking = {}, {}
+    for name, make in MAKERS.items():
+        try:
+            found[name] = make()
+        except Exception as error:  # an engine may fail in its own ways on a machine that it was not made for
+            lacking[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found, lacking
+
+
+def available() -> dict[str, Sampler]:
+    """The samplers that can draw here, by name.  Without a GPU those are eager and transformers."""
+    return _made()[0]
+
+
+def missing() -> dict[str, str]:
+    """The others, and why."""
+    return _made()[1]
 
 
 # ---------------------------------------------------------------------------------------------- Distiller

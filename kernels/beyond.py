@@ -225,5 +225,5 @@ def beyond_triton(
         candidates["status"], candidates["token_ids"], candidates["logits"], candidates["count"],
         candidates["threshold"], candidates["tie_id"], candidates["beyond"], vocab, width,
         VLLM=vllm, SORT=survivors["survivors"].shape[1], TILE=config.beyond_elements,
-        num_warps=config.beyond_warps, enable_fp_fusion=False,
+        num_warps=config.beyond_warps, enable_fp_fusion=False, **config.register_bound,
     )  # fmt: skip

@@ -227,6 +227,6 @@ def select_triton(
         result["status"], vocab, layout.blocks, layout.splits, width,
         VLLM=vllm, HAS_ACTIVE=active is not None, BLOCK=layout.block, NUM_BLOCKS=power_of_2(layout.blocks, 16),
         SPLITS=power_of_2(layout.splits, 16), BLOCKS=max(1, config.select_elements // layout.block), SORT=sort,
-        num_warps=config.select_warps, enable_fp_fusion=False,
+        num_warps=config.select_warps, enable_fp_fusion=False, **config.register_bound,
     )  # fmt: skip
     return result

@@ -18,12 +18,13 @@ LARGEST_BLOCK = 4096
 class Config:
     """scan_*: block_max.  select_*: select, blocks read at a time.  sort_warps: finalise.  beyond_*: beyond, elements.
     score_*: candidates and hidden units per tile.  tail_*: elements per program.  draw_warps: reweight and draw.
-    distiller_*: a tile of weights is hidden x ranks; hidden units per program where H is split; wide: of a row."""
+    distiller_*: a tile of weights is hidden x ranks; hidden units per program where H is split; wide: of a row.
+    max_registers: of a thread of select and beyond, 0 where the compiler takes no such bound."""
 
     scan_blocks: int = 32
     scan_warps: int = 8
-    select_elements: int = 2048
-    select_warps: int = 4
+    select_elements: int = 4096
+    select_warps: int = 8
     sort_warps: int = 4
     beyond_elements: int = 2048
     beyond_warps: int = 8
@@ -40,6 +41,13 @@ class Config:
     distiller_stages: int = 3
     distiller_wide: int = 4096
     distiller_row_warps: int = 8
+    max_registers: int = 168
+
+    @property
+    def register_bound(self) -> dict[str, int]:
+        """A launch's option.  Unless a bound is said, some versions of ptxas give a thread fewer registers than it
+        could have, to hold more programs at once, and spill: 128, or even 72."""
+        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
 
 # (least V, least H, least C, itemsize of the logits or None for any) -> changes to the defaults.  All matching rules
@@ -50,12 +58,11 @@ COMMON: tuple[Rule, ...] = (
     ((0, 0, 257, None), {"sort_warps": 8, "beyond_elements": 4096, "beyond_warps": 8}),
 )
 TABLE: dict[str, tuple[Rule, ...]] = {
-    # Or `beyond` on two-byte logits spills, as some versions of Triton compile it.
-    "sm_80": (((0, 0, 0, 2), {"beyond_elements": 1024, "beyond_warps": 4}), *COMMON),
+    "sm_80": COMMON,
     "sm_90": COMMON,
     "sm_100": COMMON,
     # A wave's lane masks live in scalar registers, two each: smaller tiles, or they spill.
-    "gfx942": (*COMMON, ((0, 0, 0, None), {"select_warps": 8, "beyond_elements": 1024})),
+    "gfx942": (*COMMON, ((0, 0, 0, None), {"select_elements": 2048, "beyond_elements": 1024, "max_registers": 0})),
 }
 
 

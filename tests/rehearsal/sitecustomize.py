@@ -1,4 +1,4 @@
-"""In a process that finds this folder on PYTHONPATH, torch has a simulated CUDA device from the moment it is imported."""
+"""A process that finds this folder on PYTHONPATH has a simulated CUDA device, from the moment torch is imported."""
 
 import importlib.abc
 import importlib.machinery
