@@ -121,9 +121,9 @@ def ways() -> list[Way]:
     return [
         Way("block_max", scan, 564, 90, 1, note="no top-p", step=""),
         Way("block_max", scan, 1150, 90, 1, through=(TOP_P,), note="top-p"),
-        Way("select", maxima + near, 4520, 168, 6, loops=(gather, 0, 0, 0)),
+        Way("select", maxima + near, 4520, 246, 6, loops=(gather, 0, 0, 0)),
         Way("finalise", listing, 1860, 67, 3, through=("in_set = present & (keys >= kth)",)),
-        Way("beyond", 0.0, 12, 158, 1, loops=(0,) * 13, note="no row flagged", working=0),
+        Way("beyond", 0.0, 12, 164, 1, loops=(0,) * 13, note="no row flagged", working=0),
         Way("score", scored * config.score_candidates * HIDDEN * 2.0, 1200, 84, 4, loops=(parts,), working=scored),
         Way("tail", 0.0, 14, 145, 1, note="no row capped", working=0),
         Way("draw", listing, 1100, 47, 3, through=("perturbed = ",)),

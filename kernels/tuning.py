@@ -41,7 +41,7 @@ class Config:
     distiller_stages: int = 3
     distiller_wide: int = 4096
     distiller_row_warps: int = 8
-    max_registers: int = 168
+    max_registers: int = 255
 
     @property
     def register_bound(self) -> dict[str, int]:
@@ -61,8 +61,14 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "sm_80": COMMON,
     "sm_90": COMMON,
     "sm_100": COMMON,
-    # A wave's lane masks live in scalar registers, two each: smaller tiles, or they spill.
-    "gfx942": (*COMMON, ((0, 0, 0, None), {"select_elements": 2048, "beyond_elements": 1024, "max_registers": 0})),
+    # A wave's lane masks live in scalar registers, two each: smaller tiles and fewer stages, or they spill.
+    "gfx942": (
+        *COMMON,
+        (
+            (0, 0, 0, None),
+            {"select_elements": 2048, "beyond_elements": 1024, "distiller_stages": 2, "max_registers": 0},
+        ),
+    ),
 }
 
 
