@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,9 +37,8 @@ from bench.compile_only import (
     resources,
 )
 from bench.sass import SHARED_LIMIT, programs_at_once
-from esamp_core.kernels import explore, row
+from esamp_core.kernels import explore, row, warm_up
 from esamp_core.kernels.tuning import TABLE, Config, Layout, config_for
-from esamp_core.kernels.warm_up import warm_up_distiller
 
 HIDDEN, VOCAB = 3584, 152064
 # The Distiller's kernels that multiply matrices, and what tl.dot must become: by dtype of the weights.
@@ -173,9 +173,11 @@ def cold(target: str) -> set[str]:
     """Kernels of the Distiller that steps of some number of rows and slots compile, though warm_up has run."""
     missing = set()
     for dtype in (torch.float32, torch.bfloat16):
-        with compiling(target) as warm:
+        config = DistillerCase(target, 256, 16, dtype, extras=True).config
+        # A tensor without memory is on no GPU, so warm_up cannot read the target off it.
+        with compiling(target) as warm, mock.patch.object(warm_up, "config_of", lambda weight, config=config: config):
             weight, center = torch.empty(VOCAB, 256, dtype=torch.bfloat16), torch.empty(256)
-            warm_up_distiller(256, 16, dtype, True, weight, center, device="meta")
+            warm_up.warm_up_distiller(256, 16, dtype, True, weight, center, device="meta")
         for rows, slots in ((1, 1), (2, 16), (16, 32), (37, 48), (512, 5)):
             with compiling(target) as found:
                 launch_distiller(DistillerCase(target, 256, 16, dtype, extras=True, rows=rows, slots=slots))
