@@ -142,8 +142,8 @@ $(CARRIED): bench/carry.py constraints-card.txt
 carry: $(CARRIED) ## what travels to a GPU machine beside the tree: wheels, and the peers' samplers, compiled here
 
 .PHONY: rehearse-gpu
-rehearse-gpu: venv-card $(CARRIED) ## what will be sent to a GPU machine, run here: the same commands, CUDA simulated, tiny shapes
-	PYTHONPATH=. $(CARD_VENV)/bin/python -m bench.rehearse
+rehearse-gpu: venv-card ## what will be sent to a GPU machine, run here: CUDA simulated, tiny shapes; RUNS='first second'
+	PYTHONPATH=. $(CARD_VENV)/bin/python -m bench.rehearse $(RUNS)
 
 .PHONY: roofline
 roofline: venv-card ## each kernel's instructions, bytes and the time they will take on an H100 and an H200; holds limits

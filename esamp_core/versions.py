@@ -34,7 +34,7 @@ TRIED = (
     Environment("3.11", "2.13.0", "3.9.0", "5.24.0", None, "make test, at every change"),
     Environment("3.11", "2.13.0", "3.6.0", "5.10.1", None, "make test-oldest, at every change; all tests, 2026-11-26"),
     Environment("3.11", "2.13.0", "3.9.0", "5.19.0", "0.32.0", "make test-vllm, at every change"),
-    Environment("3.12", "2.11.0", "3.6.0", "5.17.0", None, "make rehearse-gpu, at every change; all tests, 2026-11-27"),
+    Environment("3.12", "2.11.0", "3.6.0", "5.17.0", None, "make rehearse-gpu, at every change; all tests, 2026-11-26"),
     Environment("3.13", "2.14.1", "3.8.0", "5.24.0", None, "all tests, 2026-11-26"),
 )
 """On the CPU, without a GPU, each of them."""
