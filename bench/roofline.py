@@ -11,7 +11,8 @@ instructions; from the case come its programs and the bytes that it must move.
     time     one launch of a replayed graph, and the largest of the three
 
 LAUNCH, MEMORY and DEPENDENT are estimates that a card has to confirm.  Exit status 1 if a kernel exceeds one of its
-limits: they lie about 5 % above what was counted last, so that nothing becomes slower unnoticed.
+limits: they lie about 5 % above the larger count of two versions of Triton, 3.6 and 3.9, so that nothing becomes
+slower unnoticed.
 """
 
 from __future__ import annotations
@@ -45,19 +46,54 @@ TOP_P = "weight = tl.where(x == top, 1.0, tl.exp(scale(x, t) - scale(top, t)))"
 
 
 @dataclass(frozen=True)
+class Most:
+    """What a kernel may have."""
+
+    instructions: int  # of a warp
+    registers: int  # of a thread
+    micros: float  # on an H100
+
+
+LIMITS = {
+    "block_max no top-p": Most(600, 94, 31.8),
+    "block_max top-p": Most(1160, 94, 52.8),
+    "block_max float32 no top-p": Most(200, 49, 29.9),
+    "block_max float32 top-p": Most(550, 49, 47.7),
+    "select": Most(6090, 246, 13.4),
+    "finalise": Most(2640, 68, 7.6),
+    "beyond no row flagged": Most(12, 164, 3.3),
+    "score": Most(1230, 84, 20.6),
+    "tail no row capped": Most(14, 145, 18.4),
+    "draw": Most(1110, 47, 5.8),
+    "project": Most(2330, 176, 7.8),
+    "reduce": Most(320, 32, 4.9),
+    "expand": Most(1070, 133, 8.9),
+    "norm": Most(350, 51, 5.0),
+    "error": Most(990, 95, 6.3),
+    "back": Most(1500, 132, 6.9),
+    "gates": Most(310, 34, 4.9),
+    "settle": Most(340, 34, 5.6),
+    "update": Most(1470, 179, 20.2),
+}
+
+
+@dataclass(frozen=True)
 class Way:
-    """How a kernel is run through: see sass.count; and the most that it may have."""
+    """How a kernel is run through: see sass.count."""
 
     kernel: str
     bytes: float
-    instructions: int  # of a warp, at most
-    registers: int  # of a thread, at most
     trips: int  # to memory that wait for one another, of a program
-    loops: tuple[float, ...] = ()
+    loops: tuple[tuple[str, float], ...] = ()
     through: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     note: str = ""
     step: str = "explore"  # the launch belongs to it; "" for a variant that stands beside
     working: int | None = None  # programs that do not leave at once; default all
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.note}".strip()
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,11 @@ class Row:
         return sass.programs_at_once(TARGET, self.threads, self.registers, self.shared)
 
     @property
+    def waves(self) -> float:
+        """How often programs take turns on the card."""
+        return self.programs / (MULTIPROCESSORS * self.resident)
+
+    @property
     def issue(self) -> float:
         """Seconds."""
         fullest = math.ceil(self.working / MULTIPROCESSORS)  # programs of the busiest multiprocessor
@@ -98,51 +139,133 @@ class Row:
     def seconds(self, card: str) -> float:
         return LAUNCH + max(self.issue, self.latency, self.way.bytes / BANDWIDTH[card])
 
-    def faults(self) -> list[str]:
+    def faults(self, most: Most) -> list[str]:
         found = [f"{self.spills} bytes spilled"] if self.spills else []
-        for what, value, most in (
-            ("instructions", self.counts.instructions, self.way.instructions),
-            ("registers", self.registers, self.way.registers),
+        for what, value, limit in (
+            ("instructions", self.counts.instructions, most.instructions),
+            ("registers", self.registers, most.registers),
+            ("µs on an H100", self.seconds("H100") * 1e6, most.micros),
         ):
-            found += [f"{value:.0f} {what}, {most} at most"] if value > most else []
-        return [f"{self.way.kernel} {self.way.note}: {fault}" for fault in found]
+            found += [f"{value:.4g} {what}, {limit} at most"] if value > limit else []
+        return [f"{self.way.name}: {fault}" for fault in found]
 
 
 def ways() -> list[Way]:
+    """A step with top-p, and of what stands beside it the scan without; all rows explore and teach."""
     config = config_for(TARGET, VOCAB, HIDDEN, WIDTH, 2)
     layout, rows, weights = Layout.of(VOCAB, config), ROWS, float(DISTILLER.weight_bytes)
     scan, maxima, state = 2.0 * rows * VOCAB, 4.0 * rows * layout.blocks, 4.0 * DISTILLER.rows * HIDDEN
     near = 2.0 * rows * TOP_K * layout.block  # blocks that hold candidates
-    gather = -(-TOP_K * layout.block // config.select_elements)
+    gather = "_gather: while start < listed"
+    gathered = (gather, -(-TOP_K * layout.block // config.select_elements))
+    refine = (("_count: while start < listed", 0), ("_select_kernel: while low < high", 0), (gather, 0))
     listing = 12.0 * rows * WIDTH
     tiles = config.distiller_split // config.distiller_hidden
     scored = rows * -(-TOP_K // config.score_candidates)
-    parts = HIDDEN // config.score_hidden
+    parts = ("_score_kernel: for start in range(0, H, HIDDEN)", HIDDEN // config.score_hidden)
+    split, group = "for start in range(0, SPLIT, HIDDEN)", ("group_of: while start < num_groups", 1)
+    rest = "if position >= tl.load(offsets_ptr + num_groups)"
+    capped = "if ((status & CAPPED) != 0) &"
+    no_mass = ("_block_max_kernel: if tl.load(top_p_ptr + row) < 1.0", "scale", "filter_temperature")
     return [
-        Way("block_max", scan, 564, 90, 1, note="no top-p", step=""),
-        Way("block_max", scan, 1150, 90, 1, through=(TOP_P,), note="top-p"),
-        Way("select", maxima + near, 4520, 246, 6, loops=(gather, 0, 0, 0)),
-        Way("finalise", listing, 1860, 67, 3, through=("in_set = present & (keys >= kth)",)),
-        Way("beyond", 0.0, 12, 164, 1, loops=(0,) * 13, note="no row flagged", working=0),
-        Way("score", scored * config.score_candidates * HIDDEN * 2.0, 1200, 84, 4, loops=(parts,), working=scored),
-        Way("tail", 0.0, 14, 145, 1, note="no row capped", working=0),
-        Way("draw", listing, 1100, 47, 3, through=("perturbed = ",)),
-        Way("project", weights * 2 / 3, 2300, 175, 4, loops=(tiles, 1), step="forward"),
-        Way("reduce", state, 313, 31, 3, loops=(1,), step="forward"),
-        Way("expand", weights / 3 + state, 1065, 133, 3, loops=(1,), step="forward"),
-        Way("norm", 2 * state, 347, 49, 3, loops=(1,), step="forward"),
-        Way("error", 4 * state, 985, 84, 4, loops=(1,), step="step"),
-        Way("back", weights / 3 + state, 1500, 132, 4, loops=(tiles, 1), step="step"),
-        Way("gates", 0.0, 305, 34, 3, through=("d_gate = ",), step="step"),
-        Way("settle", 0.0, 333, 34, 4, loops=(1, 1), step="step"),
-        Way("update", 2 * weights + 3 * state, 1430, 175, 4, loops=(1, 1), step="step"),
+        Way("block_max", scan, 1, without=no_mass, note="no top-p", step=""),
+        Way("block_max", scan, 1, through=(TOP_P,), note="top-p"),
+        Way("block_max float32", 2 * scan, 1, without=no_mass, note="no top-p", step=""),
+        Way("block_max float32", 2 * scan, 1, through=(TOP_P,), note="top-p", step=""),
+        Way(
+            "select",
+            maxima + near,
+            6,
+            loops=(gathered, *refine),
+            through=("enough = tl.sum((bits >= probe)", "tl.store(mass_ptr"),
+            without=("_select_kernel: if n > SORT",),
+        ),
+        Way(
+            "finalise",
+            listing,
+            3,
+            through=("kept_n = tl.sum((in_set", "tl.store(count_ptr + row, count"),
+            without=("_finalise_kernel: if n == 0", "_finalise_kernel: if n > SORT"),
+        ),
+        Way("beyond", 0.0, 1, note="no row flagged", working=0),
+        Way("score", scored * config.score_candidates * HIDDEN * 2.0, 4, loops=(parts,), working=scored),
+        Way("tail", 0.0, 1, note="no row capped", working=0),
+        Way(
+            "draw",
+            listing,
+            3,
+            through=("perturbed = ",),
+            without=(
+                "_draw_kernel: if tl.load(count_ptr + row) == 0",
+                f"_draw_kernel: {capped} (greedy == 0)",
+                "log_sum",
+                f"reweight: {capped} (temperature > 0.0)",
+                "_log_sum_exp",
+            ),
+        ),
+        Way(
+            "project",
+            weights * 2 / 3,
+            4,
+            through=("tl.store(part_square_ptr",),
+            step="forward",
+            loops=((f"_project_kernel: {split}", tiles), ("_project_kernel: while at < end", 1)),
+        ),
+        Way("reduce", state, 3, loops=(group,), without=(f"_reduce_kernel: {rest}",), step="forward"),
+        Way(
+            "expand",
+            weights / 3 + state,
+            3,
+            loops=(("_expand_kernel: while at < end", 1),),
+            step="forward",
+        ),
+        Way("norm", 2 * state, 3, loops=(group,), step="forward"),
+        Way("error", 4 * state, 4, loops=(group,), step="step"),
+        Way(
+            "back",
+            weights / 3 + state,
+            4,
+            step="step",
+            loops=((f"_back_kernel: {split}", tiles), ("_back_kernel: while at < end", 1)),
+        ),
+        Way(
+            "gates",
+            0.0,
+            3,
+            through=("d_gate = ",),
+            step="step",
+            without=(
+                f"_gates_kernel: {rest}",
+                "_gates_kernel: if tl.load(teach_ptr + row) == 0.0",
+                "_gates_kernel: if tl.sum(bad, 0) > 0",
+            ),
+        ),
+        Way(
+            "settle",
+            0.0,
+            4,
+            loops=(("_settle_kernel: while at < end", 1),) * 2,
+            step="step",
+            without=(
+                "_settle_kernel: if slot < 0",
+                "_settle_kernel: if updates == 0",
+                "_settle_kernel: else of if (loss <= FLOAT_MAX) & (loss >= 0.0)",
+            ),
+        ),
+        Way(
+            "update",
+            2 * weights + 3 * state,
+            4,
+            loops=(("_update_kernel: while at < end", 1),) * 2,
+            step="step",
+        ),
     ]
 
 
 def launches() -> dict[str, compile_only.Launch]:
     """What one exploratory step and one Distiller forward and step launch."""
     from bench import compile_only  # turns Triton's interpreter off, for this process
-    from esamp_core.kernels import explore
+    from esamp_core.kernels import block_max, explore
 
     with compile_only.compiling(TARGET) as found:
         new = torch.empty
@@ -157,7 +280,11 @@ def launches() -> dict[str, compile_only.Launch]:
             TARGET, HIDDEN, DISTILLER.rank, torch.float32, extras=False, rows=DISTILLER.rows, slots=DISTILLER.slots
         )
         compile_only.launch_distiller(case)
-    return {launch.name: launch for launch in (*found, *learned)}
+    with compile_only.compiling(TARGET) as scanned:
+        config = config_for(TARGET, VOCAB, HIDDEN, WIDTH, 4)
+        block_max.block_max_triton(new(ROWS, VOCAB), one, one, None, config, log_sum=False)
+    single = {"block_max float32": scanned[0]}
+    return {launch.name: launch for launch in (*found, *learned)} | single
 
 
 def rows_of(found: dict[str, compile_only.Launch], table: Sequence[Way]) -> list[Row]:
@@ -170,22 +297,25 @@ def rows_of(found: dict[str, compile_only.Launch], table: Sequence[Way]) -> list
         kernel: Any = found[way.kernel].kernel
         registers, spills = compile_only.resources(TARGET, kernel)
         try:
-            counts = sass.count(kernel.asm["cubin"], sources, way.loops, way.through)
+            without = None if way.working == 0 else way.without
+            counts = sass.count(kernel.asm["cubin"], sources, way.loops, way.through, without)
         except sass.UnknownCode as error:
-            raise SystemExit(f"{way.kernel}: {error}") from error
+            raise SystemExit(f"{way.name}: {error}") from error
         grid = found[way.kernel].grid
         rows.append(Row(way, grid, 32 * kernel.metadata.num_warps, registers, kernel.metadata.shared, spills, counts))
     return rows
 
 
 def cells(row: Row) -> list[str]:
-    logits = ROWS * VOCAB if row.way.kernel == "block_max" else 0
+    logits = ROWS * VOCAB if row.way.kernel.startswith("block_max") else 0
     per_logit = row.counts.instructions * row.programs * row.threads / logits if logits else None
     times = (row.issue, row.latency, *(row.way.bytes / b for b in BANDWIDTH.values()), *map(row.seconds, BANDWIDTH))
     return [
-        f"{row.way.kernel} {row.way.note}".strip(),
+        row.way.name,
         "x".join(map(str, row.grid)),
-        *map(str, (row.threads, row.registers, row.shared, row.resident, row.spills)),
+        *map(str, (row.threads, row.registers, row.shared, row.resident)),
+        f"{row.waves:.1f}",
+        str(row.spills),
         f"{row.counts.instructions:.0f}",
         "" if per_logit is None else f"{per_logit:.1f}",
         *(f"{time * 1e6:.1f}" for time in times),
@@ -193,7 +323,7 @@ def cells(row: Row) -> list[str]:
 
 
 HEAD = [
-    "kernel", "programs", "threads", "registers", "shared", "per SM", "spills", "instructions", "per logit",
+    "kernel", "programs", "threads", "registers", "shared", "per SM", "waves", "spills", "instructions", "per logit",
     "issue", "latency", *(f"bytes {card}" for card in BANDWIDTH), *(f"time {card}" for card in BANDWIDTH),
 ]  # fmt: skip
 
@@ -224,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = rows_of(launches(), ways())
     text = markdown(rows)
     print(text)
-    faults = [fault for row in rows for fault in row.faults()]
+    faults = [fault for row in rows for fault in row.faults(LIMITS[row.way.name])]
     before, rest = NOTES.read_text(encoding="utf-8").split(START)
     shown, after = rest.split(END)
     if a.write:
