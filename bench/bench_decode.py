@@ -1,6 +1,6 @@
 """What exploration costs a decoder: on, off, and transformers' own sampling, paired and interleaved in one run.
 
-    python -m bench.bench_decode [--dry] [--peers] [--seconds N] [--rounds N] [--done FILE] [--out FILE]
+    python -m bench.bench_decode [--dry] [--peers] [--seconds N] [--rounds N] [--done FILE] [--resume] [--out FILE]
 
 Random-weight Qwen2 models of real shapes, built on the device in bfloat16; P prompts of 64 tokens, n samples each, up
 to 256 new tokens.  Rows end unevenly: every step ends a row with a probability of about 1 / 512.  The variants run by
@@ -8,7 +8,7 @@ turns; a ratio is the median over rounds of one's time per step over another's, 
 counted: a run with exploration that made none is an error.
 
 First on and off of every case, then, with --peers, transformers beside on: its static cache is compiled, which takes
-minutes.  The file is written after each; a case that fails stays alone; started again, a run goes on from its file.
+minutes.  The file is written after each; a case that fails stays alone; with --resume a run goes on from its file.
 """
 
 from __future__ import annotations
@@ -318,12 +318,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--done", type=Path, action="append", default=[], help="result file whose cases are left out")
     parser.add_argument("--out", type=Path, help="result file; default decode.json in ESAMP_BENCH_OUT or bench/out")
+    parser.add_argument("--resume", action="store_true", help="go on from --out, if this run began it")
     a = parser.parse_args(arguments)
     dry = a.dry or dry_by_environment()
     if not dry and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing to measure here (--dry runs the same code on tiny shapes)")
     command = "python -m bench.bench_decode " + " ".join(arguments if arguments is not None else sys.argv[1:])
     device, out = "cuda" if torch.cuda.is_available() else "cpu", a.out or output_folder() / "decode.json"
+    if not a.resume:  # a changed tree has the same commit, but not the same numbers
+        out.unlink(missing_ok=True)
     finished = {(row["case"], row["op"]) for path in a.done for row in load(path)["cases"] if not row.get("failed")}
     body = run(
         DRY_CASES if dry else CASES, device, dry=dry, seconds=a.seconds, rounds=a.rounds, command=command.strip(),

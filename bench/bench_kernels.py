@@ -1,6 +1,6 @@
 """Kernel microbenchmarks: every op and the whole step, beside their floors and their peers.
 
-    python -m bench.bench_kernels [--dry] [--quick] [--seconds N] [--done FILE] [--out FILE]
+    python -m bench.bench_kernels [--dry] [--quick] [--seconds N] [--done FILE] [--resume] [--out FILE]
     python -m bench.bench_kernels --check CASE
 
 Times are medians over interleaved rounds of CUDA-graph replays from a cold L2, inputs rotating.  ``bytes`` is what an
@@ -10,8 +10,8 @@ over the copy bandwidth and arithmetic over the matrix rate, both measured in th
 A case is timed only if its answers are right on this very device.  All cases are compared with the reference first,
 several at a time and each in a process of its own (bench/check_cases.py): that also compiles every kernel into the
 shared cache, and a case that crashes takes no other along.  Then they are timed one by one; the file is written after
-each.  Where a case breaks the device for this process, it ends with status AGAIN; started again, it goes on from the
-file.
+each.  Where a case breaks the device for this process, it ends with status AGAIN; started again with --resume, it goes
+on from the file.
 """
 
 from __future__ import annotations
@@ -285,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180.0, help="start no case after this long")
     parser.add_argument("--done", type=Path, action="append", default=[], help="result file whose cases are left out")
     parser.add_argument("--out", type=Path, help="result file; default kernels.json in ESAMP_BENCH_OUT or bench/out")
+    parser.add_argument("--resume", action="store_true", help="go on from --out, if this run began it")
     a = parser.parse_args(arguments)
     dry = a.dry or dry_by_environment()
     if not dry and not torch.cuda.is_available():
@@ -296,6 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finished = {row["case"] for path in a.done for row in load(path)["cases"] if not row.get("failed")}
     cases = [case for case in cases if case.name not in finished]
     out = a.out or output_folder() / "kernels.json"
+    if not a.resume:  # a changed tree has the same commit, but not the same numbers
+        out.unlink(missing_ok=True)
     command = "python -m bench.bench_kernels " + " ".join(arguments if arguments is not None else sys.argv[1:])
     left = [case for case in cases if case.name not in {row["case"] for row in continued(out, "kernels")}]
     wrong = check_cases.check_all([case.name for case in left], dry, a.seconds / 2)

@@ -82,7 +82,7 @@ def memcheck_command() -> tuple[str, ...]:
 
 
 def bench_command(module: str, seconds: float, out: Path, *flags: str) -> tuple[str, ...]:
-    return python("-m", module, "--seconds", f"{max(1.0, seconds - CASE):.0f}", "--out", str(out), *flags)
+    return python("-m", module, "--seconds", f"{max(1.0, seconds - CASE):.0f}", "--out", str(out), "--resume", *flags)
 
 
 def first(folder: Path) -> list[Part]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import results
+from bench import bench_decode, results
 from bench.bench_kernels import dry_cases
 from bench.bench_kernels import run as run_kernels
 from bench.kernel_ops import Case
@@ -52,6 +52,15 @@ def test_what_fails_stays_alone_and_a_run_goes_on_from_its_file(
     # Another commit's numbers are not continued.
     save(body | {"commit": "another"}, tmp_path / "k.json")
     assert continued(tmp_path / "k.json", "kernels") == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_only_a_run_that_is_asked_to_goes_on_from_an_older_file(tmp_path: Path, resume: bool) -> None:
+    """The tree may have changed since, and its commit not."""
+    out, old = tmp_path / "decode.json", {"name": "old: on", "case": "old", "op": "on", "updates": 1}
+    save(results.report("decode", "test", [old], dry=True), out)
+    assert bench_decode.main(["--dry", "--rounds", "1", "--out", str(out), *(["--resume"] if resume else [])]) == 0
+    assert ("old" in {row["case"] for row in load(out)["cases"]}) == resume
 
 
 def test_a_lost_device_ends_the_process_with_its_own_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
