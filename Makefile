@@ -218,6 +218,28 @@ print(f"{wheel.name} and {sdist.name} hold all {len(tree)} files ({wheel.stat().
 endef
 export CHECK_ARCHIVES
 
+# The core alone: a step of the four verbs, a saved state, and a hint where an extra is missing.
+define CHECK_CORE
+import importlib.util, pathlib, subprocess, sys, torch
+import esamp_core
+from esamp_core import Explorer, Head, SamplingParams
+assert pathlib.Path(esamp_core.__file__).is_relative_to(sys.prefix), esamp_core.__file__
+assert not any(map(importlib.util.find_spec, ("transformers", "typer", "rich")))
+explorer = Explorer(Head(torch.randn(32, 8)), 8, max_groups=1, max_rows=2)
+rows = explorer.open(["a", "a"], SamplingParams(seed=0))
+explorer.predict(torch.randn(2, 8), rows)
+print("drawn:", explorer.sample(torch.randn(2, 32), rows).token_ids.tolist())
+explorer.learn(torch.randn(2, 8), rows)
+explorer.save("state.safetensors")
+try:
+    from esamp_core import generate
+except ModuleNotFoundError as error:
+    print(error)
+run = subprocess.run(["esamp", "doctor"], capture_output=True, text=True)
+assert run.returncode == 2 and "esamp-core[cli]" in run.stderr, run
+endef
+export CHECK_CORE
+
 # Every module can be imported from the installed wheel; a binding may lack its engine.
 define CHECK_INSTALLED
 import importlib, pathlib, pkgutil, sys
@@ -248,10 +270,12 @@ dist: venv ## sdist, the wheel built from it, and a trial of the wheel in a clea
 	pip="$$tmp/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
 	$(BIN)/python -m venv "$$tmp/venv"; \
 	$$pip $(INSTALL) -c $(PINS) torch; \
-	$$pip $(INSTALL) -c $(PINS) dist/*.whl; \
+	wheel=$$(ls $$PWD/dist/*.whl); pins=$$(realpath $(PINS)); \
+	$$pip $(INSTALL) -c $(PINS) $$wheel; \
 	$$pip check; \
 	cd "$$tmp"; unset PYTHONPATH; export PATH="$$tmp/venv/bin:$$PATH"; \
-	echo "in a clean environment, away from the tree:"; python -c "$$CHECK_INSTALLED"; \
+	echo "in a clean environment, away from the tree, without extras:"; python -c "$$CHECK_CORE"; \
+	echo "with the command line:"; $$pip $(INSTALL) -c $$pins "$$wheel[cli]"; $$pip check; python -c "$$CHECK_INSTALLED"; \
 	echo "esamp doctor"; esamp doctor; echo "esamp demo --quick"; esamp demo --quick
 
 .PHONY: clean

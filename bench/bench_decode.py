@@ -31,7 +31,7 @@ from bench.measure import median, median_ratio, spread
 from bench.results import continued, dry_by_environment, load, output_folder, report, save, unproven
 from bench.timeline import breakdown, record
 from esamp_core.decoder import Decoder
-from esamp_core.decoder_graph import GraphMode
+from esamp_core.decoder.cuda_graph import GraphMode
 from esamp_core.sample import SamplingParams
 
 PROMPT_TOKENS = 64
@@ -176,8 +176,8 @@ class Variants:
         )
         explorer = self.decoder.explorer
         assert explorer is not None
-        # Read after the run, from the bank itself: stats() of a running group would wait for the device within it.
-        return [len(r.token_ids) for r in results], int(explorer._bank.state.updates.sum())
+        # Read after the run: stats() of a running group would wait for the device within it.
+        return [len(r.token_ids) for r in results], explorer.updates()
 
     def transformers(self, seed: int) -> tuple[list[int], int]:
         """generate(), with a static cache (which it compiles by itself on CUDA) where the case is worth the minute."""

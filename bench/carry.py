@@ -57,9 +57,6 @@ def install(site: Path, *requirements: str) -> None:
     pip("install", "--no-deps", "--no-compile", "--target", str(site), *requirements)
 
 
-# ---------------------------------------------------------------------------------------------- packages
-
-
 def imported(site: Path, modules: Iterable[str]) -> list[Path]:
     """Files under ``site`` that Python reads when it imports these modules."""
     program = "\n".join(
@@ -184,9 +181,6 @@ def unpack(carried: Path, site: Path) -> None:
     )  # fmt: skip
     with zipfile.ZipFile(carried / "packages.zip") as archive:
         archive.extractall(site)
-
-
-# ---------------------------------------------------------------------------------------------- a large file
 
 
 def split(path: Path, folder: Path, part_bytes: int) -> list[Path]:

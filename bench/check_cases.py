@@ -1,7 +1,7 @@
 """Are the answers right on this device?  Every case in a process of its own, several at a time.
 
 Each process runs all that will be timed once, and compares with the reference: so the kernels are compiled into the
-cache that all processes share, and a case that breaks the device breaks it for nobody else.
+cache that all processes share, and a case that breaks the device breaks it for itself alone.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from esamp_core.kernels.distiller import scratch_size
-from esamp_core.kernels.distiller_forward import distiller_forward_triton
-from esamp_core.kernels.distiller_step import distiller_step_triton
+from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.ops import scratch_size
+from esamp_core.kernels.distiller.step import distiller_step_triton
 from esamp_core.kernels.tuning import Config, config_for
 
 TARGETS = {

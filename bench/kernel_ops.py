@@ -11,8 +11,8 @@ from bench import peers
 from bench.cases import DistillerCase, SamplingCase, make_sampling_inputs
 from bench.measure import Call
 from esamp_core import reference
-from esamp_core.distiller import DistillerBank
-from esamp_core.reference_distiller import learning_rates
+from esamp_core.explorer.bank import DistillerBank
+from esamp_core.reference.distiller import learning_rates
 from esamp_core.sample import (
     DistillerConfig,
     RowParams,

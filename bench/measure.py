@@ -142,9 +142,6 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- floors
-
-
 def copy_bandwidth(clock: Clock, device: str, elements: int = 2**29, rounds: int = 15) -> float:
     """Bytes per second of a large copy, read and written bytes counted."""
     source = torch.randn(elements, device=device).bfloat16()

@@ -12,8 +12,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,6 @@ from typing import Annotated, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import transformers
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -32,8 +29,10 @@ from bench.quality_decode import Batch, Sampler, decode, request_seeds
 from bench.quality_plan import options as sibling_options
 from bench.quality_plan import studies
 from bench.quality_tasks import Pool, Source, Task, disjoint_problems, load_source, load_task
-from esamp_core.errors import ArgumentError
-from esamp_core.metrics import distinct_n, self_bleu
+from bench.results import commit
+from esamp_core.base.environment import installed, machine
+from esamp_core.base.errors import ArgumentError
+from esamp_core.report.metrics import distinct_n, self_bleu
 
 KS = (1, 2, 4, 8, 16, 32)
 ROWS = 1024  # sequences at a time; like the seed it decides, through rounding, which samples come out
@@ -98,6 +97,7 @@ def run_unit(source: Source, task: Task, sampler: Sampler, unit: Unit) -> dict[s
         "dependent": sampler.dependent,
         "commit": commit(),
         "machine": machine(),
+        "versions": installed("python", "torch", "transformers"),
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "problems": records,
@@ -145,29 +145,6 @@ def mean_ragged(rows: Sequence[Sequence[float]]) -> list[float]:
     longest = max(map(len, rows), default=0)
     columns = [[row[i] for row in rows if len(row) > i] for i in range(longest)]
     return [sum(c) / len(c) for c in columns]
-
-
-def commit() -> str:
-    """Of the tree that ran, with + if it was changed."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        out = [
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return out[0] + ("+" if out[1] else "")
-
-
-def machine() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cores": str(os.cpu_count()),
-        "processor": platform.processor() or platform.machine(),
-    }
 
 
 _worker: dict[str, Any] = {}

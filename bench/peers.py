@@ -150,9 +150,6 @@ def missing() -> dict[str, str]:
     return _made()[1]
 
 
-# ---------------------------------------------------------------------------------------------- Distiller
-
-
 class PerRow(NamedTuple):
     """Saved by the forward for the step."""
 

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from bench.quality_tasks import Source
-from esamp_core.philox import as_int64
-from esamp_core.taps import Taps
+from esamp_core.base.seeds import as_int64
+from esamp_core.models.taps import Taps
 
 COMPACT_BELOW = 0.85  # rows that have finished are dropped when fewer than this share still runs
 

@@ -1,7 +1,7 @@
 """The library's Distiller for many groups of equally many siblings at once, in batched products.
 
 The library's reference goes from group to group, which is slow for hundreds of small groups; this is the same
-arithmetic (``esamp_core.reference_distiller``, its formulas' home) in another order of summation.  Tests hold that it
+arithmetic (``esamp_core.reference.distiller``, its formulas' home) in another order of summation.  Tests hold that it
 predicts, learns and draws as the library does.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.quality_decode import Setting
-from esamp_core.distiller import start_weights
-from esamp_core.reference_distiller import LAYER_NORM_EPS, RMS_FLOOR, learning_rates, token_targets
+from esamp_core.explorer.start import start_weights
+from esamp_core.reference.distiller import LAYER_NORM_EPS, RMS_FLOOR, learning_rates, token_targets
 from esamp_core.sample import DistillerConfig, DistillerWeights
 
 

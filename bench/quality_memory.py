@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.quality_decode import Setting
-from esamp_core.reference_distiller import token_targets
+from esamp_core.reference.distiller import token_targets
 from esamp_core.sample import Head
 
 KEY_SEED = 7  # of the random projection of keys: the same for all groups and runs

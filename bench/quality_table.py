@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from esamp_core.errors import ArgumentError
-from esamp_core.metrics import Difference, paired_bootstrap, pass_at_k
+from esamp_core.base.errors import ArgumentError
 from esamp_core.report import ESTIMATED_KL, Curve, PromptSamples, RunFile, SampleText, StepSeries
+from esamp_core.report.metrics import Difference, paired_bootstrap, pass_at_k
 
 KS = (1, 2, 4, 8, 16, 32)
 REFERENCES = ("vanilla", "min-p .05")  # what every other sampler is compared with
@@ -110,7 +110,7 @@ def load_results(folder: Path, seeds: int | None = None) -> Results:
         for n, by_seed in sampler.runs.items():
             if set(by_seed) != set(sampler.runs[sampler.largest]):
                 raise ArgumentError(f"{sampler.name}, n={n} lacks a seed: continue the run, or show fewer seeds")
-    machines = {f"{f['machine']['processor']}, torch {f['machine']['torch']}" for f in files}
+    machines = {f"{f['machine'].get('gpu') or f['machine']['cpu']}, torch {f['versions']['torch']}" for f in files}
     return Results(
         samplers,
         about,
@@ -118,9 +118,6 @@ def load_results(folder: Path, seeds: int | None = None) -> Results:
         sorted(machines),
         sum(f["cpu_seconds"] for f in files),
     )
-
-
-# ---------------------------------------------------------------------------------------------- markdown
 
 
 def markdown(results: Results, order: Sequence[str] = ()) -> str:
@@ -233,9 +230,6 @@ def write_between(path: Path, marker: str, text: str) -> None:
         raise ArgumentError(f"{path} must have the markers {begin} and {end} once")
     head, rest = old.split(begin)
     path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------- run.json
 
 
 def write_run_json(results: Results, path: Path, shown: int = 8) -> None:

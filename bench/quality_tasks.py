@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from esamp_core import countdown
-from esamp_core.errors import ArgumentError
-from esamp_core.taps import ModelParts, find_parts
+from esamp_core.base.errors import ArgumentError
+from esamp_core.models.parts import ModelParts, find_parts
 
 Pool = Literal["tune", "report"]
 POOLS: tuple[Pool, ...] = ("tune", "report")
 
 
 class Verdict(Protocol):
-    """What the checker says about one answer; Countdown's own verdict is one."""
+    """What the checker says about one answer; ``countdown.Verdict`` is one."""
 
     @property
     def correct(self) -> bool: ...

@@ -12,14 +12,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from esamp_core.versions import installed
+from esamp_core.base import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -49,46 +45,9 @@ def dry_by_environment() -> bool:
     return os.environ.get("ESAMP_BENCH_DRY") == "1"
 
 
-def _git(*arguments: str) -> str:
-    try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # a machine without git
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
-
-
 def commit() -> str:
-    """The tree's commit, "+" where it has changes; ESAMP_COMMIT's word for a copy without .git, else "unknown"."""
-    head = _git("rev-parse", "--short=12", "HEAD")
-    return (
-        (head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""))
-        if head
-        else os.environ.get("ESAMP_COMMIT") or "unknown"
-    )
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def machine() -> dict[str, Any]:
-    result: dict[str, Any] = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(0)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            driver = "unknown"
-        result |= {
-            "gpu": p.name,
-            "multiprocessors": p.multi_processor_count,
-            "memory_gib": round(p.total_memory / 2**30),
-        }
-        result |= {"driver": driver, "cuda": torch.version.cuda}
-    return result
+    """This tree's."""
+    return environment.commit(ROOT)
 
 
 def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, **more: Any) -> dict[str, Any]:
@@ -99,8 +58,8 @@ def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, *
         "date": datetime.date.today().isoformat(),
         "command": command,
         "commit": commit(),
-        "machine": machine(),
-        "versions": installed("python", "torch", "triton", "transformers", "flashinfer-python"),
+        "machine": environment.machine(),
+        "versions": environment.installed("python", "torch", "triton", "transformers", "flashinfer-python"),
         "tests": recorded_tests(),
         **more,
         "cases": cases,

@@ -265,15 +265,16 @@ def ways() -> list[Way]:
 def launches() -> dict[str, compile_only.Launch]:
     """What one exploratory step and one Distiller forward and step launch."""
     from bench import compile_only  # turns Triton's interpreter off, for this process
-    from esamp_core.kernels import block_max, explore
+    from esamp_core.kernels.sampling import block_max, ops
 
     with compile_only.compiling(TARGET) as found:
         new = torch.empty
         one, number = new(ROWS), new(ROWS, dtype=torch.int64)
-        explore.explore_triton(
-            new(ROWS, VOCAB, dtype=torch.bfloat16), one, number, one, one, one, number, number, None, None, None,
-            new(ROWS, HIDDEN), new(VOCAB, HIDDEN, dtype=torch.bfloat16), None, None, 1.0, None, None, 0, 1.0, WIDTH,
-            False, config_for(TARGET, VOCAB, HIDDEN, WIDTH, 2),
+        ops.explore_triton(
+            logits=new(ROWS, VOCAB, dtype=torch.bfloat16), temperature=one, top_k=number, top_p=one, min_p=one,
+            beta=one, seed=number, position=number, codes=None, active=None, model_logits=None,
+            direction=new(ROWS, HIDDEN), weight=new(VOCAB, HIDDEN, dtype=torch.bfloat16), bias=None, center=None,
+            head_scale=1.0, softcap=None, clip=None, first_id=0, model_weight=1.0, width=WIDTH, vllm=False,
         )  # fmt: skip
     with compile_only.compiling(TARGET) as learned:
         case = compile_only.DistillerCase(
@@ -291,7 +292,7 @@ def rows_of(found: dict[str, compile_only.Launch], table: Sequence[Way]) -> list
     from bench import compile_only
 
     folder = ROOT / "kernels"
-    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
     rows = []
     for way in table:
         kernel: Any = found[way.kernel].kernel

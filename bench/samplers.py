@@ -22,17 +22,9 @@ from transformers import (
 
 from bench.quality_decode import Pick, Run, Sampler, Setting, Step
 from bench.quality_memory import Memory
-from esamp_core.philox import (
-    CODE_BELOW,
-    code_uniform,
-    gumbel,
-    row_seeds,
-    stratified_codes,
-    vocabulary_bits,
-)
+from esamp_core.base.philox import CODE_BELOW, code_uniform, gumbel, vocabulary_bits
+from esamp_core.base.seeds import row_seeds, stratified_codes
 from esamp_core.sample import DistillerConfig, Explorer, SamplingParams
-
-# ---------------------------------------------------------------------------------------------- filters
 
 
 @dataclass(frozen=True)
@@ -71,9 +63,6 @@ class Filter:
             scores = scores.masked_fill(scores < floor, -torch.inf)
         empty = torch.zeros(len(scores), 0, dtype=torch.long)  # none of these warpers looks at the tokens
         return self.warpers(first)(empty, scores) * self.sharpen
-
-
-# ---------------------------------------------------------------------------------------------- draws
 
 
 class GumbelDraw:
@@ -115,9 +104,6 @@ class ArithmeticDraw(GumbelDraw):
 
 def log_chance(scores: Tensor, token: Tensor) -> Tensor:
     return scores.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------- samplers
 
 
 @dataclass(frozen=True)

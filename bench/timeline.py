@@ -1,7 +1,7 @@
 """Where device time goes: intervals of device work per stream, from torch.profiler.
 
 busy     time in which a stream has work running
-hidden   time in which a second stream works while the main stream does too: what exploration costs nobody
+hidden   time in which a second stream works while the main stream does too: exploration that takes no time of the step
 exposed  the rest of the second streams' time
 gaps     time in which no stream works: launches, the host
 """

@@ -30,22 +30,21 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from esamp_core.base.checks import check_hashables
+from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
+from esamp_core.base.errors import ArgumentError, EsampError, StateError, UnsupportedModelError
+from esamp_core.base.seeds import seeded_params
+from esamp_core.base.tensors import Draw, Status, warn_of_bad_numbers
 from esamp_core.bindings.hf_generate import (
-    GenerateTaps,
     Loop,
     calling_loop,
     check_request,
     differing_filters,
     requested_params,
 )
-from esamp_core.checks import check_hashables, check_options
-from esamp_core.config import DistillerConfig, FilterOrder, SamplingParams
-from esamp_core.decoder_text import seeded_params
-from esamp_core.errors import ArgumentError, EsampError, StateError, UnsupportedModelError
-from esamp_core.explorer import Explorer
-from esamp_core.rows import Rows
-from esamp_core.structures import Draw, Status, warn_of_bad_numbers
-from esamp_core.taps import Tapped, check_head, find_parts
+from esamp_core.explorer import Explorer, Rows
+from esamp_core.models.parts import find_parts
+from esamp_core.models.taps import PassiveTaps, Tapped, check_head
 
 _explored: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -118,7 +117,7 @@ class Exploration:
         """The Explorer in use; without one given, that of the latest ``generate``."""
         self.logits_processor: list[Any] = [_Processor(self)]
         """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
-        self._taps = GenerateTaps(self._parts, self._predict_early)
+        self._taps = PassiveTaps(self._parts, self._predict_early)
         self._entered = self._used = self._head_checked = False
         self._run: _Run | None = None
 
@@ -147,7 +146,7 @@ class Exploration:
 
     @property
     def draws(self) -> Draw:
-        """Of the latest ``generate``: :class:`~esamp_core.structures.Draw` with tensors [rows, steps].
+        """Of the latest ``generate``: :class:`~esamp_core.sample.Draw` with tensors [rows, steps].
 
         Where a row had ended, or ``generate`` drew it, token_ids is -1 and the status says INACTIVE.  Raises StateError
         if nothing was drawn.
@@ -160,8 +159,6 @@ class Exploration:
     def groups(self) -> list[Hashable | None]:
         """Each row's group in the latest ``generate``: as given, or the number of its prompt."""
         return [] if self._run is None else list(self._run.groups)
-
-    # ------------------------------------------------------------------------------------------ the step
 
     def _predict_early(self, shallow: Tensor) -> None:
         """Called by the shallow tap in the middle of a forward: predict beside the rest of it, where rows are known.
@@ -236,7 +233,7 @@ class Exploration:
         skips = torch.tensor([g is None for g in groups], device=self._parts.device)
         counters = {group: itertools.count() for group in groups}
         rows = explorer.open(
-            # Nobody would look at what a Distiller of rows with beta 0 had learned.
+            # Rows with beta 0 do not use what a Distiller has learned.
             [None if p.beta == 0 else g for g, p in zip(groups, params, strict=True)],
             params,
             sample_index=[next(counters[group]) for group in groups],

@@ -1,4 +1,4 @@
-"""What the transformers binding knows of a running ``generate()``: what its forward tapped, and what it was asked for.
+"""What the transformers binding knows of a running ``generate()``: what it was asked for, and which rows go on.
 
 A logits processor is told the tokens and the logits, nothing else.  The rest stands in the frame of the decoding loop
 that calls it, ``GenerationMixin._sample``, and is read from there: its arguments, and its mask of unfinished rows.
@@ -9,84 +9,29 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import CodeType
 from typing import Any, NamedTuple
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation import GenerationMixin
 
-from esamp_core.config import SamplingParams
-from esamp_core.errors import ArgumentError, UnsupportedModelError
-from esamp_core.taps import ModelParts, Tapped, Taps
-from esamp_core.versions import tried_versions
+from esamp_core.base.config import SamplingParams
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.versions import tried_versions
+from esamp_core.models.parts import ModelParts
 
 # What generate puts behind custom processors and what, given a single finite logit, changes nothing.
 _HARMLESS_AFTER = {
     *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TopHLogitsWarper"),
     *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization"),
 }
-# generate's filters and what they are where nobody asked for them.
+# generate's filters and what they are where they were not asked for.
 _FILTERS = {"temperature": (None, 1.0), "top_k": (None, 0, 50), "top_p": (None, 1.0), "min_p": (None, 0.0)}
 # Those that SamplingParams does not have.
 _OTHER_FILTERS = {"typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "top_h": (None,)}
-
-
-class GenerateTaps(Taps):
-    """The taps of a model whose forward others call.  What is kept is that of the latest forward.
-
-    Everything here may be traced by torch.compile, so it is assignments and lists, and nothing that grows.
-    """
-
-    def __init__(self, parts: ModelParts, on_shallow: Callable[[Tensor], None]) -> None:
-        super().__init__(parts.model, parts)
-        self._on_shallow = on_shallow
-        self._logits: list[Tensor] = []
-        self._skipped = False
-        self.ran = False
-        self.float_inputs: list[str] = []
-        """Names of the tensor inputs of the latest forward, seen uncompiled, that are numbers and not tokens."""
-
-    def __enter__(self) -> GenerateTaps:
-        super().__enter__()
-        self._shallow, self._deep, self._logits = [], [], []
-        self._skipped = self.ran = False
-        model = _generating(self._parts)
-        self._handles += [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._tap_logits),
-        ]
-        return self
-
-    def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        self.ran = True
-        self._skipped = self._skipped or len(self._logits) > 0
-        self._shallow, self._deep, self._logits = [], [], []
-        if not torch.compiler.is_compiling():
-            tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and n != "attention_mask"}
-            self.float_inputs = [name for name, value in tensors.items() if value.is_floating_point()]
-
-    def _tap_logits(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._logits.append((output.logits if hasattr(output, "logits") else output[0])[:, -1])
-
-    def take(self) -> tuple[Tapped, bool]:
-        """What the latest forward tapped, and whether forwards before it were not drawn from.
-
-        Raises UnsupportedModelError if a tap did not run exactly once in it.
-        """
-        skipped, self._skipped = self._skipped, False
-        name = type(self._parts.model).__name__
-        for what, tapped in (("block", self._shallow), ("head", self._deep), ("model", self._logits)):
-            if len(tapped) != 1:
-                raise UnsupportedModelError(
-                    f"the tap on {name}'s {what} ran {len(tapped)} times in a forward instead of once; a model "
-                    "that was compiled before its taps were installed ignores them: call torch.compiler.reset() after "
-                    "entering explore(...), or compile there"
-                )
-        return Tapped(self._shallow.pop(), self._deep.pop(), self._logits.pop()), skipped
 
 
 class Loop(NamedTuple):
@@ -110,15 +55,9 @@ _OTHER_LOOPS = {
 }
 
 
-def _generating(parts: ModelParts) -> Any:
-    """The module whose ``generate`` and ``forward`` run: PEFT's wrapper passes generate on to the model within."""
-    model: Any = parts.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def calling_loop(parts: ModelParts) -> Loop:
     """What is known to the decoding loop that called the processor.  Raises UnsupportedModelError."""
-    name, frame = type(_generating(parts)).__name__, sys._getframe()
+    name, frame = type(parts.base_model).__name__, sys._getframe()
     while frame.f_back is not None and frame.f_code is not _SAMPLE and frame.f_code not in _OTHER_LOOPS:
         frame = frame.f_back
     if frame.f_code in _OTHER_LOOPS:
@@ -133,7 +72,7 @@ def calling_loop(parts: ModelParts) -> Loop:
             f"{tried_versions('transformers')[-1]} (this is {transformers.__version__}); other decoding loops are not "
             "supported"
         )
-    if caller is not _generating(parts):
+    if caller is not parts.base_model:
         raise UnsupportedModelError(
             f"{name}'s logits processor was called by another model's generate ({type(caller).__name__}); assistant "
             "models are not supported"

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from esamp_core.config import DistillerConfig, SamplingParams, is_int, is_real, require
-from esamp_core.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.checks import is_int, is_real, require
+from esamp_core.base.config import DistillerConfig, SamplingParams
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 
 KEY = "esamp"
 PROCESSOR = "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"
@@ -76,9 +77,6 @@ def _check_keys(where: str, given: Mapping[str, Any], cls: type) -> None:
     require(not unknown, where, f"have only the keys {', '.join(names)}", unknown)
 
 
-# ------------------------------------------------------------------------------------------------ the engine
-
-
 def is_configured(vllm_config: Any) -> bool:
     """Whether this engine is to explore: it has an ``esamp`` entry, which may be empty."""
     return _entry(vllm_config) is not None
@@ -120,9 +118,6 @@ def _is_ours(processor: object) -> bool:
     if isinstance(processor, type):
         return any(cls.__name__ == "ExploratoryProcessor" for cls in processor.__mro__)
     return processor == PROCESSOR
-
-
-# ------------------------------------------------------------------------------------------------ a request
 
 
 @dataclass(frozen=True)

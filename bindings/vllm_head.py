@@ -9,53 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esamp_core import ops
+from esamp_core.base.config import FilterOrder
+from esamp_core.base.errors import UnsupportedModelError
+from esamp_core.base.tensors import Draw, Head, RowParams
 from esamp_core.bindings.vllm_config import PluginConfig
-from esamp_core.config import FilterOrder
-from esamp_core.errors import UnsupportedModelError
 from esamp_core.explorer import Explorer
-from esamp_core.structures import Draw, Head, RowParams
-from esamp_core.taps import HEAD_TOLERANCE, norm_rms
+from esamp_core.models.parts import HEAD_TOLERANCE, norm_rms
+from esamp_core.ops import backend, transform_scores
 
 
-class ShardedExplorer(Explorer):
-    """An Explorer whose head is this rank's rows of the vocabulary.
+def explore_sharded(
+    logits: Tensor,
+    params: RowParams,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    codes: Tensor | None = None,
+    direction: Tensor | None = None,
+    head: Head | None = None,
+    model_logits: Tensor | None = None,
+    model_weight: float = 1.0,
+    filter_order: FilterOrder = "transformers",
+    max_candidates: int = 256,
+    active: Tensor | None = None,
+) -> Draw:
+    """``explore`` where the head is this rank's rows of the vocabulary.
 
     Candidates come from the gathered logits, so they are the same on all ranks.  Each rank scores those it has rows
     for, the others count 0, and one all-reduce [R, C] gives every rank the same sums; so all ranks draw the same
     tokens, and their Distillers, which see replicated hidden states, stay equal bit for bit.
     """
+    from vllm.distributed import tensor_model_parallel_all_reduce
 
-    def _explore(
-        self,
-        logits: Tensor,
-        params: RowParams,
-        seed: Tensor,
-        position: Tensor,
-        *,
-        codes: Tensor | None,
-        direction: Tensor | None,
-        head: Head | None,
-        model_logits: Tensor | None,
-        model_weight: float,
-        filter_order: FilterOrder,
-        max_candidates: int,
-        active: Tensor | None,
-    ) -> Draw:
-        from vllm.distributed import tensor_model_parallel_all_reduce
-
-        candidates = ops.select_candidates(
-            logits, params, filter_order=filter_order, max_candidates=max_candidates, active=active
-        )
-        if direction is None or head is None:
-            params = params._replace(beta=torch.zeros_like(params.beta))
-            projection = torch.zeros_like(candidates.logits)
-        else:
-            dots = ops.score_candidates(direction, head, candidates.token_ids, transform=False)
-            projection = ops.transform_scores(tensor_model_parallel_all_reduce(dots), head)
-        original = None if model_logits is None else model_logits.gather(-1, candidates.token_ids.clamp_min(0))
-        reweighted = ops.reweight(candidates, projection, params, model_logits=original, model_weight=model_weight)
-        return ops.draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
+    ops = backend(logits.device)
+    candidates = ops.select_candidates(
+        logits, params, filter_order=filter_order, max_candidates=max_candidates, active=active
+    )
+    if direction is None or head is None:
+        params = params._replace(beta=torch.zeros_like(params.beta))
+        projection = torch.zeros_like(candidates.logits)
+    else:
+        dots = ops.score_candidates(direction, head, candidates.token_ids, transform=False)
+        projection = transform_scores(tensor_model_parallel_all_reduce(dots), head)
+    original = None if model_logits is None else model_logits.gather(-1, candidates.token_ids.clamp_min(0))
+    reweighted = ops.reweight(candidates, projection, params, model_logits=original, model_weight=model_weight)
+    return ops.draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
 
 
 @torch.inference_mode(False)
@@ -71,7 +69,7 @@ def make_explorer(model: Any, compute_logits: Callable[[Tensor], Tensor], vllm_c
     distiller = config.distiller
     if distiller.deep_scale is None and distiller.target == "deep":
         distiller = replace(distiller, deep_scale=_norm_scale(model, head))
-    return (ShardedExplorer if shards > 1 else Explorer)(
+    return Explorer(
         head,
         head.hidden_size,
         distiller,
@@ -80,6 +78,7 @@ def make_explorer(model: Any, compute_logits: Callable[[Tensor], Tensor], vllm_c
         max_candidates=config.max_candidates,
         filter_order="vllm",
         on_full="evict",
+        explore=explore_sharded if shards > 1 else None,
     )
 
 
@@ -124,7 +123,7 @@ def _check_head(head: Head, compute_logits: Callable[[Tensor], Tensor], name: st
     if logits.numel() == 0:
         return  # a small vocabulary on many ranks: this one has none of it
     dots = nn.functional.linear(deep, head.weight, head.bias)[:, : logits.shape[1]].float()
-    expected = ops.transform_scores(dots, head)
+    expected = transform_scores(dots, head)
     error = float(((logits - expected).abs().amax(-1) / logits.abs().amax(-1).clamp_min(1e-30)).max())
     if not error <= HEAD_TOLERANCE[head.weight.dtype]:
         raise UnsupportedModelError(

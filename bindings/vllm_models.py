@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esamp_core.base.checks import require
+from esamp_core.base.errors import UnsupportedModelError
+from esamp_core.base.versions import release, tried_versions, untried
 from esamp_core.bindings.vllm_config import PluginConfig, check_engine, is_configured
 from esamp_core.bindings.vllm_head import make_explorer
-from esamp_core.config import require
-from esamp_core.errors import UnsupportedModelError
 from esamp_core.explorer import Explorer
-from esamp_core.versions import release, tried_versions, untried
 
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # A position as digits, each of them exact in any float format.
@@ -59,9 +59,6 @@ def tap_of(vllm_config: Any) -> Tap:
     return _latest
 
 
-# ------------------------------------------------------------------------------------------------ registration
-
-
 def register() -> None:
     """Entry point of ``vllm.general_plugins``: runs in each of the engine's processes, once or more often."""
     import vllm
@@ -91,9 +88,6 @@ def __getattr__(name: str) -> Any:
             globals()[name] = explored(entry.load_model_cls(), name)
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# ------------------------------------------------------------------------------------------------ the model
 
 
 def explored(base: Any, name: str) -> Any:

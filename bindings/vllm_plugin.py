@@ -24,13 +24,12 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
+from esamp_core.base.errors import CapacityError, UnsupportedModelError
+from esamp_core.base.tensors import Draw
 from esamp_core.bindings.vllm_config import PluginConfig, RequestParams, check_engine, read_request
 from esamp_core.bindings.vllm_models import TappedRows, is_registered, tap_of
 from esamp_core.bindings.vllm_report import Report
-from esamp_core.errors import CapacityError, UnsupportedModelError
-from esamp_core.explorer import Explorer
-from esamp_core.rows import Rows
-from esamp_core.structures import Draw
+from esamp_core.explorer import Explorer, Rows
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -93,8 +92,6 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
     def is_argmax_invariant(self) -> bool:
         return False
 
-    # -------------------------------------------------------------------------------------- who is in the batch
-
     def update_state(self, batch_update: Any) -> None:
         """V1: requests that joined, left and moved since the step before."""
         if batch_update is None:
@@ -146,8 +143,6 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
     def _mark_edited(self) -> None:
         self._tap.copy_logits = any(request.asked.edited for request in self._requests.values())
 
-    # -------------------------------------------------------------------------------------- the step
-
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Draw for the rows that explore.  ctx: the V2 runner's layout of the batch."""
         tapped, self._tap.rows = self._tap.rows, None
@@ -169,7 +164,7 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
         if tapped is None or explorer is None or tapped.deep.shape[0] != logits.shape[0]:
             self._report.no_tap(len(present))
             return
-        # The engine runs under inference mode, whose tensors nobody may update later; the Distillers are updated.
+        # The engine runs under inference mode, whose tensors cannot be updated outside it; the Distillers are.
         with torch.inference_mode(False), torch.no_grad():
             self._batch.update(explorer, present, self._report)
             places = [present[request] for request in self._batch.requests]

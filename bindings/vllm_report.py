@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from esamp_core.base.tensors import Draw
 from esamp_core.bindings.vllm_config import PluginConfig
 from esamp_core.explorer import Explorer
-from esamp_core.structures import Draw
 
 logger = init_logger("vllm.esamp")
 

@@ -32,7 +32,13 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "esamp_core.decoder" if name in _DECODER else "esamp_core.sample"
-    return getattr(importlib.import_module(home), name)
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        message = f"esamp_core.{name} needs transformers: pip install 'esamp-core[transformers]'"
+        raise ModuleNotFoundError(message, name="transformers") from None
 
 
 def __dir__() -> list[str]:

@@ -4,12 +4,31 @@ Stateful: :class:`Explorer`, four verbs (open, predict, sample, learn) for a run
 Functional: the ops that it is made of, for those who keep their own state.
 """
 
-from esamp_core.config import DistillerConfig, SamplingParams
-from esamp_core.dispatch import backend_name
-from esamp_core.distiller import GroupStats
-from esamp_core.errors import ArgumentError, CapacityError, EsampError, StateError
-from esamp_core.explorer import Explorer
+from esamp_core.base.config import DistillerConfig, SamplingParams
+from esamp_core.base.errors import (
+    ArgumentError,
+    CapacityError,
+    EncodingError,
+    EsampError,
+    StateError,
+    UnsupportedModelError,
+)
+from esamp_core.base.seeds import row_seeds, stratified_codes
+from esamp_core.base.tensors import (
+    Activations,
+    Candidates,
+    DistillerState,
+    DistillerWeights,
+    Draw,
+    Head,
+    Reweighted,
+    RowGroups,
+    RowParams,
+    Status,
+)
+from esamp_core.explorer import Explorer, GroupStats, Rows
 from esamp_core.ops import (
+    backend_name,
     distiller_forward,
     distiller_scratch,
     distiller_step_,
@@ -23,20 +42,6 @@ from esamp_core.ops import (
     transform_scores,
     warm_up,
 )
-from esamp_core.philox import row_seeds, stratified_codes
-from esamp_core.rows import Rows
-from esamp_core.structures import (
-    Activations,
-    Candidates,
-    DistillerState,
-    DistillerWeights,
-    Draw,
-    Head,
-    Reweighted,
-    RowGroups,
-    RowParams,
-    Status,
-)
 
 __all__ = [
     "Activations",
@@ -47,6 +52,7 @@ __all__ = [
     "DistillerState",
     "DistillerWeights",
     "Draw",
+    "EncodingError",
     "EsampError",
     "Explorer",
     "GroupStats",
@@ -58,6 +64,7 @@ __all__ = [
     "SamplingParams",
     "StateError",
     "Status",
+    "UnsupportedModelError",
     "backend_name",
     "distiller_forward",
     "distiller_scratch",

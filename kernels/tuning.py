@@ -8,6 +8,7 @@ bytes and registers, not from measurements.
 from dataclasses import dataclass
 
 import torch
+import triton
 
 SMALLEST_BLOCK = 128
 MOST_BLOCKS = 4096  # select holds all block maxima of a row at once
@@ -82,13 +83,21 @@ def config_for(generation: str, vocab: int, hidden: int, width: int, itemsize: i
 
 
 def generation_of(device: torch.device) -> str:
+    if device.type == "meta":  # kernels are compiled and not launched: for the driver's target
+        target = triton.runtime.driver.active.get_current_target()
+        return _generation(target.arch) if target.backend == "cuda" else str(target.arch)
     if device.type != "cuda":
         return "sm_90"  # the interpreter
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
+    return _generation(10 * major + minor)
+
+
+def _generation(capability: int) -> str:
+    """The newest in the table that is not newer than a GPU of this compute capability; else the oldest."""
     known = sorted(int(name[3:]) for name in TABLE if name.startswith("sm_"))
-    below = [number for number in known if number <= 10 * major + minor]
+    below = [number for number in known if number <= capability]
     return f"sm_{below[-1] if below else known[0]}"
 
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from esamp_core.kernels import explore
-from esamp_core.kernels.distiller import config_of, scratch_size
-from esamp_core.kernels.distiller_forward import distiller_forward_triton
-from esamp_core.kernels.distiller_step import distiller_step_triton
+from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.ops import config_of, scratch_size
+from esamp_core.kernels.distiller.step import distiller_step_triton
+from esamp_core.kernels.sampling import ops
 
 
 def warm_up(
@@ -43,25 +43,27 @@ def warm_up(
     variants = [(model_logits, used) for model_logits in (None, logits) for used in (None, codes)]
     for vllm in (False, True):
         for active in (None, torch.ones(2, device=device, dtype=torch.bool)):
-            found = explore.select_op(logits, *params, active, width, vllm)
+            found = ops.select_op(logits, *params, active, width, vllm)
             for model_logits, used in variants:
                 for v, w in ((None, None), (direction, weight)):
                     if v is None or w is not None:
-                        explore.explore_op(
-                            logits, *params, count, count, used, active, model_logits, v, w, bias, center, scale,
-                            softcap, clip, 0, 1.0, width, vllm,
+                        ops.explore_op(
+                            logits, *params, seed=count, position=count, codes=used, active=active,
+                            model_logits=model_logits, direction=v, weight=w, bias=bias, center=center,
+                            head_scale=scale, softcap=softcap, clip=clip, first_id=0, model_weight=1.0, width=width,
+                            vllm=vllm,
                         )  # fmt: skip
     ids, chosen, kept, threshold, tie_id, status = found
     for original in (None, chosen):
-        explore.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0)
+        ops.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0)
     for model_logits, used in variants:
-        explore.draw_op(
+        ops.draw_op(
             ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count,
             used,
         )  # fmt: skip
     if weight is not None:
         for transform in (True, False):
-            explore.score_op(direction, weight, ids, bias, center, scale, softcap, clip, 0, transform)
+            ops.score_op(direction, weight, ids, bias, center, scale, softcap, clip, 0, transform)
 
 
 def warm_up_distiller(

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -37,7 +36,8 @@ from bench.compile_only import (
     resources,
 )
 from bench.sass import SHARED_LIMIT, programs_at_once
-from esamp_core.kernels import explore, row, warm_up
+from esamp_core.kernels import warm_up
+from esamp_core.kernels.sampling import ops, row
 from esamp_core.kernels.tuning import TABLE, Config, Layout, config_for
 
 HIDDEN, VOCAB = 3584, 152064
@@ -144,17 +144,17 @@ def launch_sampling(case: Case) -> None:
     # On the second pass a mask, the model's own logits, all that a head can have, and stratified rows.
     plain, full = (None, None, None, 1.0, None, None), (codes, bias, center, 0.5, 30.0, 3.0)
     for mask, model, (used, *extras) in ((None, None, plain), (active, logits, full)):
-        explore.explore_triton(
-            logits, *params, number, number, used, mask, model, direction, weight, *extras, 0, 1.0, case.width,
-            case.vllm, config,
+        ops.explore_triton(
+            logits, *params, number, number, used, mask, model, direction, weight, *extras, first_id=0,
+            model_weight=1.0, width=case.width, vllm=case.vllm,
         )  # fmt: skip
     chosen = torch.empty(rows, case.width)
     ids = torch.empty(rows, case.width, dtype=torch.int64)
     status = torch.empty(rows, dtype=torch.int32)
-    explore.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, config)
-    scan = explore.block_max_triton(logits, None, None, None, config, log_sum=True)
-    tail = explore.tail_triton(logits, one, number, number, ids, chosen, one, number, status, config)
-    explore.draw_triton(
+    ops.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, config)
+    scan = ops.block_max_triton(logits, None, None, None, config, log_sum=True)
+    tail = ops.tail_triton(logits, one, number, number, ids, chosen, one, number, status, config)
+    ops.draw_triton(
         ids, chosen, number, status, logits, scan, tail, one, one, number, number, config, new=chosen, novelty=chosen
     )
 
@@ -173,9 +173,7 @@ def cold(target: str) -> set[str]:
     """Kernels of the Distiller that steps of some number of rows and slots compile, though warm_up has run."""
     missing = set()
     for dtype in (torch.float32, torch.bfloat16):
-        config = DistillerCase(target, 256, 16, dtype, extras=True).config
-        # A tensor without memory is on no GPU, so warm_up cannot read the target off it.
-        with compiling(target) as warm, mock.patch.object(warm_up, "config_of", lambda weight, config=config: config):
+        with compiling(target) as warm:
             weight, center = torch.empty(VOCAB, 256, dtype=torch.bfloat16), torch.empty(256)
             warm_up.warm_up_distiller(256, 16, dtype, True, weight, center, device="meta")
         for rows, slots in ((1, 1), (2, 16), (16, 32), (37, 48), (512, 5)):

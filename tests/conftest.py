@@ -80,7 +80,6 @@ def embedded() -> tuple[Any, Any]:
     return countdown.load()
 
 
-# --- Uninitialised memory is NaN ------------------------------------------------------------------------------------
 # torch's own switch for this (torch.utils.deterministic.fill_uninitialized_memory) works only together with
 # use_deterministic_algorithms, which also exchanges the algorithms under test. So the allocating functions are wrapped.
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from esamp_core import reference
-from esamp_core.config import SamplingParams
-from esamp_core.philox import gumbel, token_bits
-from esamp_core.structures import Candidates, Draw, Head, RowParams, Status
+from esamp_core.base.config import SamplingParams
+from esamp_core.base.philox import gumbel, token_bits
+from esamp_core.base.tensors import Candidates, Draw, Head, RowParams, Status
 
 T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,9 +189,6 @@ def make_head(vocab: int, hidden: int, seed: int, **extra: Any) -> tuple[Head, T
 
 def is_capped(draw: Draw) -> Tensor:
     return draw.status & Status.CAPPED != 0
-
-
-# ---------------------------------------------------------------------------------------------- the interpreter
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from esamp_core.structures import Head
+from esamp_core.base.tensors import Head
 
 NEG_INF = float("-inf")
 
@@ -51,8 +51,6 @@ def assert_near(actual: Tensor, expected: Tensor | np.ndarray | float, dtype: to
     )
 
 
-# ---------------------------------------------------------------------------------------------- random bits
-
 _U32 = np.uint64(0xFFFFFFFF)
 
 
@@ -79,9 +77,6 @@ def token_bits_numpy(seed: int, position: int, token: int, domain: int = 0) -> i
 def gumbel_float64(bits: np.ndarray) -> np.ndarray:
     v = np.minimum((bits.astype(np.float64) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -np.log(-np.log1p(-v))
-
-
-# ---------------------------------------------------------------------------------------------- logits
 
 
 def make_rows(kind: str, rows: int, vocab: int, seed: int = 0) -> Tensor:
@@ -117,9 +112,6 @@ def make_rows(kind: str, rows: int, vocab: int, seed: int = 0) -> Tensor:
 
 
 KINDS = ("random", "ties", "all_equal", "clustered", "one_hot", "bf16", "nan", "neg_inf", "neg_zero", "empty")
-
-
-# ---------------------------------------------------------------------------------------------- candidates
 
 
 def clean(logits: Tensor) -> Tensor:
@@ -165,9 +157,6 @@ def top_p_edges(logits: Tensor, t: float, k: int, p: float, m: float, order: str
     cumulative = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
     edge = (cumulative - (1 - p)).abs() < TOP_P_EDGE
     return torch.zeros_like(edge).scatter(-1, places, edge) & before
-
-
-# ---------------------------------------------------------------------------------------------- the whole step
 
 
 @dataclass(frozen=True)

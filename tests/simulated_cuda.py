@@ -140,9 +140,6 @@ def _wait(what: str) -> None:
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
-# ---------------------------------------------------------------------------------------------- torch.cuda
-
-
 class Stream:
     """Work on it is done when it is enqueued."""
 

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esamp_core import decoder_graph, ops, reference
-from esamp_core.structures import RowParams
+from esamp_core import reference
+from esamp_core.decoder import cuda_graph
+from esamp_core.explorer import explorer, learner
 
 # The host reads the result, or the result's shape; or values come from the host's memory.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "bincount", "equal", "lift_fresh")
@@ -109,7 +110,7 @@ class _Reads(TorchFunctionMode):
 
 
 class SimulatedGraph:
-    """A ``decoder_graph.StepGraph``."""
+    """A ``cuda_graph.StepGraph``."""
 
     def __init__(self) -> None:
         self._recording: Recording | None = None
@@ -205,9 +206,8 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 def like_cuda(patch: pytest.MonkeyPatch, kernels: bool) -> None:
     """Let the decoder capture on the CPU; ``kernels``: the reference's ops count as one launch each."""
-    patch.setattr(decoder_graph, "step_graph", lambda device: SimulatedGraph())
-    # Values are checked where that needs no wait, on the CPU only.
-    patch.setattr(ops, "check_params", lambda params, rows, device: RowParams.of(params, rows, device))
+    patch.setattr(cuda_graph, "step_graph", lambda device: SimulatedGraph())
     if kernels:
         launches = {name: Kernel(getattr(reference, name)) for name in LAUNCHES}
-        patch.setattr(ops, "_backend", lambda device: SimpleNamespace(**vars(reference) | launches))
+        for module in (explorer, learner):
+            patch.setattr(module, "backend", lambda device: SimpleNamespace(**vars(reference) | launches))

@@ -273,7 +273,7 @@ def test_backend_switch(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAN, INF = float("nan"), float("inf")
-BIRTH: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
+CONFIGS: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     (
         SamplingParams,
         dict(
@@ -304,9 +304,9 @@ BIRTH: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
 
 @pytest.mark.parametrize(
     ("make", "field", "value"),
-    [(make, field, value) for make, fields in BIRTH for field, values in fields.items() for value in values],
+    [(make, field, value) for make, fields in CONFIGS for field, values in fields.items() for value in values],
 )
-def test_dataclasses_are_checked_at_birth(make: Callable[..., Any], field: str, value: Any) -> None:
+def test_dataclasses_are_checked_when_made(make: Callable[..., Any], field: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=field) as raised:
         make(**{field: value})
     message = str(raised.value)

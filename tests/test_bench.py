@@ -22,8 +22,6 @@ from bench.peers import eager
 from bench.results import load, report, save, without_times
 from bench.timeline import Interval, breakdown, device_intervals, kernel_medians, overlap, union
 
-# ---------------------------------------------------------------------------------------------- measuring
-
 
 class FakeTime:
     """A clock that advances by what a call costs."""
@@ -65,9 +63,6 @@ def test_ratio_of_a_pair_ignores_what_both_suffer() -> None:
 def test_the_larger_floor_counts() -> None:
     assert floor_seconds(4e12, 1e12, 4e12, 1e15) == 1.0
     assert floor_seconds(4e9, 2e15, 4e12, 1e15) == 2.0
-
-
-# ---------------------------------------------------------------------------------------------- cases
 
 
 def test_cases_cover_what_is_asked() -> None:
@@ -142,9 +137,6 @@ def test_eager_peer_draws_from_the_filtered_distribution() -> None:
     assert chisquare(counts[:3].numpy(), [4000 * p / 0.9 for p in (0.4, 0.3, 0.2)]).pvalue > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------- wrong answers
-
-
 def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = dry_cases()[0]
     assert check(case, "cpu") is None
@@ -186,9 +178,6 @@ def test_no_update_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         module.measure_case(case, build_model(DRY_MODEL, "cpu", torch.float32), "cpu", 1)
 
 
-# ---------------------------------------------------------------------------------------------- timelines
-
-
 def test_breakdown_by_hand() -> None:
     """main 0-10, 12-20; second 5-8 (hidden), 9-11 (half hidden), 25-26 (alone)."""
     spans = [(1, 0, 6), (1, 6, 10), (1, 12, 20), (2, 5, 8), (2, 9, 11), (2, 25, 26)]
@@ -218,9 +207,6 @@ def test_trace_reading() -> None:
     intervals = device_intervals({"traceEvents": events})
     assert [i.end - i.start for i in intervals] == [2, 4, 9, 2] and {i.stream for i in intervals} == {7}
     assert kernel_medians(intervals) == {"_draw_kernel": 4}
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 
 def result(kind: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -37,9 +37,6 @@ def drawn(seed: int) -> Problem:
     return draw_problem(random.Random(seed))[0]
 
 
-# --- the solver and the checker against oracles that share no code with them ---
-
-
 def calculate(left: Fraction, operator: str, right: Fraction) -> Fraction | None:
     """Exact arithmetic; None unless the result is an integer in 1..99."""
     if operator == "/" and right == 0:
@@ -185,7 +182,7 @@ def test_the_key_forgets_the_order_of_steps_and_operands() -> None:
         ((1, 2, 3, 4), 5.0, "target"),
     ],
 )
-def test_problems_are_checked_at_birth(numbers: tuple[int, ...], target: Any, named: str) -> None:
+def test_problems_are_checked_when_made(numbers: tuple[int, ...], target: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Problem(numbers, target)
 
@@ -196,9 +193,6 @@ def test_prompts_parse_back() -> None:
     for text in ("", "1 2 3 4 5", "1 2 3 -> 4", "1 2 3 4 -> 100", "1 2 3 4 -> x :", "1 2 3 4 5 -> 6", "1 2 3 -> 4 5"):
         with pytest.raises(ValueError, match="text"):
             Problem.parse(text)
-
-
-# --- tokenizer ---
 
 
 @settings(max_examples=50, deadline=None)
@@ -230,9 +224,6 @@ def test_lengths_are_what_the_constants_say(embedded: tuple[Any, Any]) -> None:
     assert len(embedded[1](problem.prompt).input_ids) == PROMPT_TOKENS
     assert len(attempt_text(problem, solutions(problem)[0], "ok").split()) + 1 == ATTEMPT_TOKENS
     assert MAX_NEW_TOKENS == 3 * ATTEMPT_TOKENS
-
-
-# --- the split ---
 
 
 def test_split_ignores_the_order_of_numbers_and_never_changes() -> None:

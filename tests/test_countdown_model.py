@@ -35,8 +35,6 @@ def drawn(seed: int) -> Problem:
     return draw_problem(random.Random(seed))[0]
 
 
-# --- training ---
-
 TINY = TrainConfig(
     supervised_steps=8,
     supervised_batch=8,
@@ -93,7 +91,7 @@ def test_another_seed_without_phase_two_is_another_model(tmp_path: Path) -> None
     ("changes", "named"),
     [({"seed": -1}, "seed"), ({"supervised_rate": 0.0}, "supervised_rate"), ({"threads": 1.5}, "threads")],
 )
-def test_training_settings_are_checked_at_birth(changes: dict[str, Any], named: str) -> None:
+def test_training_settings_are_checked_when_made(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         TrainConfig(**changes)
 
@@ -112,8 +110,6 @@ def test_own_attempts_become_honest_training_data() -> None:
     assert text.startswith(f"<s> {problem.prompt} 9 + 7")
     assert check(problem, text.removeprefix(f"<s> {problem.prompt}")).correct
 
-
-# --- the embedded model and its card ---
 
 CARD = countdown.PATH / "README.md"
 

@@ -11,8 +11,8 @@ import transformers as hf
 from torch import Tensor
 
 from esamp_core.decoder import Decoder, Generation, Token, generate
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import DistillerConfig, Draw, Explorer, Rows, SamplingParams, Status
-from esamp_core.taps import find_parts
 from tests.test_decoder_models import (  # noqa: F401
     PROMPTS,
     SIZES,
@@ -35,9 +35,6 @@ def explored(cache: str = "dynamic", rows: int = 64, seed: int = 5, n: int = 3) 
     params = SamplingParams(seed=seed, beta=0.5)
     options: dict[str, Any] = {"cache": cache, "max_batch_rows": rows, "stop_token_ids": STOP}
     return tuple(Decoder(build("llama")).generate(PROMPTS, n=n, params=params, max_new_tokens=12, **options))
-
-
-# --- seeds ----------------------------------------------------------------------------------------------------------
 
 
 def test_same_seed_same_result() -> None:
@@ -88,9 +85,6 @@ def test_params_per_prompt_are_used_as_they_are() -> None:
     got = generate(build("llama"), PROMPTS[:3], params=params, max_new_tokens=6, stop_token_ids=())
     assert got[0].token_ids == tuple(expected_greedy("llama", 6)[0])
     assert [g.seed for g in got[:2]] == [9, 9]
-
-
-# --- ends -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -203,9 +197,6 @@ def test_numbers_that_are_not_finite_are_kept_and_warned_of(monkeypatch: pytest.
     assert empty.status == (0,) and empty.finish_reason == "empty"
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-
-
 def test_numbers_are_those_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every field of every token, with rows that join and leave; what the numbers are, test_draw holds."""
     drawn: dict[tuple[Any, int], list[tuple[Any, ...]]] = {}
@@ -257,9 +248,6 @@ def test_choice_target_runs() -> None:
     config = DistillerConfig(target="choice")
     got = generate(build("llama"), PROMPTS, n=2, config=config, max_new_tokens=5, stop_token_ids=())
     assert all(len(g.token_ids) == 5 for g in got)
-
-
-# --- learning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from esamp_core import decoder_run
-from esamp_core.decoder import Decoder
+from esamp_core.decoder import Decoder, loop
 from esamp_core.sample import DistillerConfig, SamplingParams
 from tests.kernel_cases import INTERPRETED, quick_interpreter
 from tests.test_decoder_graph import STOP, run
@@ -46,7 +45,7 @@ def test_gpu_graph_is_eager(name: str, target: Any) -> None:
 
 
 def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, replayed = decoder_run.Run._step, []
+    original, replayed = loop.Run._step, []
 
     def step(self: Any, *args: Any) -> Any:
         if not self._steps._captured:
@@ -58,7 +57,7 @@ def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(decoder_run.Run, "_step", step)
+    monkeypatch.setattr(loop.Run, "_step", step)
     run(on_gpu("llama"), True, stop_token_ids=(), **SIZE)
     assert len(replayed) >= SIZE["max_new_tokens"] - 3
 
@@ -84,7 +83,7 @@ def test_gpu_fallback(wait: str) -> None:
 
 
 def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = decoder_run.Run._step
+    original = loop.Run._step
 
     def step(self: Any, *args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -96,5 +95,5 @@ def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     model = MODELS["llama"]().eval().cuda()
     options: dict[str, Any] = {"prompts": PROMPTS, "params": SamplingParams(seed=3), "stop_token_ids": STOP} | SIZE
     want = Decoder(model).generate(**options, max_batch_rows=8)
-    monkeypatch.setattr(decoder_run.Run, "_step", step)
+    monkeypatch.setattr(loop.Run, "_step", step)
     assert Decoder(model).generate(**options, max_batch_rows=8) == want

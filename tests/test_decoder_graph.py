@@ -13,9 +13,8 @@ import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from esamp_core import decoder_cache, decoder_graph, decoder_run
-from esamp_core.decoder import Decoder, Generation, Token
-from esamp_core.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
+from esamp_core.decoder import Decoder, Generation, Token, cuda_graph, kv_cache, loop
 from esamp_core.sample import DistillerConfig, SamplingParams
 from tests.simulated_graph import SimulatedGraph, like_cuda
 from tests.test_decoder_models import MODELS, PROMPTS, SIZES, build, one_thread  # noqa: F401
@@ -43,7 +42,7 @@ class Graphs(list[SimulatedGraph]):
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     like_cuda(monkeypatch, kernels=True)
     made = Graphs()
-    monkeypatch.setattr(decoder_graph, "step_graph", made.make)
+    monkeypatch.setattr(cuda_graph, "step_graph", made.make)
     return made
 
 
@@ -60,9 +59,6 @@ def check_same(model: Any, config: DistillerConfig | None = None, **options: Any
         want = run(model, False, config, **options)
         assert run(model, "auto", config, **options) == want
     return want
-
-
-# --- equal to eager -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -174,7 +170,7 @@ def test_reading_stats_between_steps(graphs: Graphs) -> None:
 
 def test_explorer_that_is_given_is_left_in_order(graphs: Graphs) -> None:
     from esamp_core.explorer import Explorer
-    from esamp_core.taps import find_parts
+    from esamp_core.models.parts import find_parts
 
     parts = find_parts(build("llama"))
     results = []
@@ -197,7 +193,7 @@ def test_triton_ops_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESAMP_BACKEND", "triton")
     like_cuda(monkeypatch, kernels=False)
     made = Graphs()
-    monkeypatch.setattr(decoder_graph, "step_graph", made.make)
+    monkeypatch.setattr(cuda_graph, "step_graph", made.make)
     results = []
     for graph in (False, "auto"):
         decoder = Decoder(build("llama"), config=DistillerConfig(rank=8), max_candidates=8)
@@ -206,9 +202,6 @@ def test_triton_ops_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append(decoder.generate(PROMPTS[2:3], n=2, max_new_tokens=4, graph=graph, **options))
     assert results[0] == results[1] and all(g.novelty[-1] != 0 for g in results[0])
     assert made.replays == [2]
-
-
-# --- where it cannot be used ----------------------------------------------------------------------------------------
 
 
 def check_fallback(model: Any, reason: str, **options: Any) -> None:
@@ -239,14 +232,14 @@ class CountedLayer(StaticLayer):  # type: ignore[misc]
 
 
 def counted_cache(config: Any, length: int) -> Any:
-    cache = decoder_cache.static_cache(config, length)
+    cache = kv_cache.static_cache(config, length)
     cache.layers = [CountedLayer(max_cache_len=length) for _ in cache.layers]
     return cache
 
 
 def test_cache_that_counts_on_the_host(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     want = run(build("llama"), False, max_batch_rows=2)
-    monkeypatch.setattr(decoder_run, "static_cache", counted_cache)
+    monkeypatch.setattr(loop, "static_cache", counted_cache)
     assert run(build("llama"), False, max_batch_rows=2) == want
     check_fallback(build("llama"), "CountedLayer.columns of layer 0 changes on the host")
     assert sum(graphs.replays) == 0
@@ -254,8 +247,8 @@ def test_cache_that_counts_on_the_host(graphs: Graphs, monkeypatch: pytest.Monke
 
 def test_the_simulation_notices_what_a_replay_lacks(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same without the check: every replay writes the same column."""
-    monkeypatch.setattr(decoder_run, "static_cache", counted_cache)
-    monkeypatch.setattr(decoder_graph, "host_state", lambda cache: {})
+    monkeypatch.setattr(loop, "static_cache", counted_cache)
+    monkeypatch.setattr(cuda_graph, "host_state", lambda cache: {})
     want = run(build("llama"), False, stop_token_ids=())
     assert run(build("llama"), "auto", stop_token_ids=()) != want
     assert graphs.replays == [12]
@@ -270,7 +263,7 @@ def test_model_that_waits(graphs: Graphs) -> None:
 
 
 def test_refused_once_per_decoder(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_run, "static_cache", counted_cache)
+    monkeypatch.setattr(loop, "static_cache", counted_cache)
     decoder = Decoder(build("llama"))
     options: dict[str, Any] = {"params": EXPLORE, "max_new_tokens": 4, "cache": "static"}
     with pytest.warns(UserWarning, match="without a CUDA graph"):

@@ -11,12 +11,12 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from esamp_core.base.seeds import row_seeds
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.explorer import Explorer
-from esamp_core.philox import row_seeds
-from esamp_core.rows import Rows
+from esamp_core.explorer.rows import Rows
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import DistillerConfig, Draw, SamplingParams
-from esamp_core.taps import find_parts
 
 VOCAB = 120
 SIZES: dict[str, Any] = {
@@ -115,9 +115,6 @@ def test_greedy_is_transformers_greedy(name: str, cache: Any) -> None:
         assert [list(g.token_ids) for g in got] == [w for w in want for _ in range(2)]
         assert [g.prompt_index for g in got] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert [g.finish_reason for g in got] == ["stop" if g.token_ids[-1] in stop else "length" for g in got]
-
-
-# --- What is tapped -------------------------------------------------------------------------------------------------
 
 
 class Spy(Explorer):
@@ -257,9 +254,6 @@ def test_model_without_position_ids() -> None:
         assert list(generation.token_ids) == ids[len(prompt) :]
 
 
-# --- The host does not wait for the device ---------------------------------------------------------------------------
-
-
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts operations whose result the host must read, which on a GPU would wait for it."""
 
@@ -281,7 +275,8 @@ def test_step_reads_nothing_from_the_device(
     name: str, cache: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU's dispatcher; the Explorer's own part is left out, whose checks differ there."""
-    from esamp_core import decoder_batch, taps
+    from esamp_core.decoder import batch
+    from esamp_core.models import taps
 
     reads = HostReads()
 
@@ -296,8 +291,8 @@ def test_step_reads_nothing_from_the_device(
         return call
 
     monkeypatch.setattr(taps.Taps, "forward", watched(taps.Taps.forward))
-    monkeypatch.setattr(decoder_batch.Batch, "attention_mask", watched(decoder_batch.Batch.attention_mask))
-    monkeypatch.setattr(decoder_batch.Batch, "advance", watched(decoder_batch.Batch.advance))
+    monkeypatch.setattr(batch.Batch, "attention_mask", watched(batch.Batch.attention_mask))
+    monkeypatch.setattr(batch.Batch, "advance", watched(batch.Batch.advance))
     config = DistillerConfig(lr=0.0)
     Decoder(build(name), config=config).generate(prompts, n=2, params=greedy(), max_new_tokens=9, cache=cache)
     assert reads.found == []

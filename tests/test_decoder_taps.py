@@ -12,10 +12,11 @@ import torch
 import transformers as hf
 from torch import nn
 
+from esamp_core.base.errors import UnsupportedModelError
 from esamp_core.decoder import Decoder, generate
-from esamp_core.errors import UnsupportedModelError
+from esamp_core.models.parts import cache_argument, find_parts
+from esamp_core.models.taps import Tapped, Taps, check_head
 from esamp_core.sample import ArgumentError, Explorer, Head, SamplingParams
-from esamp_core.taps import Tapped, Taps, cache_argument, check_head, find_parts
 from tests.test_decoder_models import (  # noqa: F401
     MODELS,
     PROMPTS,
@@ -104,9 +105,6 @@ def test_hooks_live_as_long_as_the_context() -> None:
     assert [len(m) for m in modules] == before
 
 
-# --- taps that do not run ---------------------------------------------------------------------------------------------
-
-
 class Bypass(hf.LlamaForCausalLM):  # type: ignore[misc]
     """Does not call its head as a module, or calls it twice, or skips a block.
 
@@ -145,9 +143,6 @@ def test_tap_that_does_not_run_once_raises(mode: str, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         generate(model, PROMPTS[:1], max_new_tokens=2)
     assert not model.lm_head._forward_pre_hooks
-
-
-# --- the cache, the mask and the positions are taken, or the model is refused ----------------------------------------
 
 
 class Renamed(hf.LlamaForCausalLM):  # type: ignore[misc]
@@ -257,9 +252,6 @@ def test_positions_that_padding_moves_are_refused() -> None:
         Decoder(Narrow(hf.LlamaConfig(**SIZES)).eval())
 
 
-# --- compiled models --------------------------------------------------------------------------------------------------
-
-
 def one_layer() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -302,9 +294,6 @@ def test_model_compiled_as_one_graph_is_refused(compiled_first: bool, fresh_comp
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is compiled with fullgraph=True"):
         generate(model, PROMPTS[:1], max_new_tokens=2, cache="static")
     assert not model._orig_mod.lm_head._forward_pre_hooks
-
-
-# --- models that are refused ----------------------------------------------------------------------------------------
 
 
 def test_encoder_decoder_is_refused() -> None:
@@ -369,9 +358,9 @@ def test_ambiguous_blocks_are_refused() -> None:
 
 
 def test_layers_that_cannot_be_joined_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from esamp_core import decoder_cache
+    from esamp_core.decoder import kv_cache
 
-    monkeypatch.setattr(decoder_cache, "_JOINABLE", ("DynamicLayer",))
+    monkeypatch.setattr(kv_cache, "_JOINABLE", ("DynamicLayer",))
     with pytest.raises(UnsupportedModelError, match=r'rows of DynamicSlidingWindowLayer .* cache="static"'):
         generate(build("gemma3"), PROMPTS, max_new_tokens=2)
 

@@ -12,9 +12,9 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from esamp_core.decoder import Decoder, Generation, Token, generate
-from esamp_core.decoder_output import TextStream
+from esamp_core.decoder.output import TextStream
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import ArgumentError, DistillerConfig, EsampError, Explorer, SamplingParams
-from esamp_core.taps import find_parts
 from tests.test_decoder_models import PROMPTS, VOCAB, build, expected_greedy, greedy, one_thread  # noqa: F401
 
 
@@ -35,9 +35,6 @@ def text_of(token_ids: Any) -> str:
 
 def draws(generations: list[Generation]) -> list[tuple[int, ...]]:
     return [g.token_ids for g in generations]
-
-
-# --- prompts and texts ----------------------------------------------------------------------------------------------
 
 
 def test_all_kinds_of_prompts() -> None:
@@ -122,8 +119,6 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     generate(build("llama"), PROMPTS, max_new_tokens=2)
     assert capsys.readouterr().err == ""
 
-
-# --- errors ---------------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n must be an integer >= 1, got 0"),

@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from esamp_core import ops, reference_distiller
-from esamp_core.config import DistillerConfig
-from esamp_core.errors import ArgumentError
-from esamp_core.reference_distiller import group_rows, learning_rates, slot_gradients
-from esamp_core.structures import Activations, DistillerState, DistillerWeights, Head
+from esamp_core import ops
+from esamp_core.base.config import DistillerConfig
+from esamp_core.base.errors import ArgumentError
+from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head
+from esamp_core.reference import distiller as reference_distiller
+from esamp_core.reference.distiller import group_rows, learning_rates, slot_gradients
 from tests.conftest import poison_
 from tests.kernel_cases import equal_bits, quick_interpreter, to
 from tests.test_distiller_ops import make_state, make_weights, states
 
 pytest.importorskip("triton")
 
-from esamp_core import triton_distiller
-from esamp_core.kernels import distiller
+from esamp_core.kernels.distiller import ops as distiller
 from esamp_core.kernels.warm_up import warm_up_distiller
+from esamp_core.ops import triton_distiller
 
 BACKENDS = {"torch": reference_distiller, "triton": triton_distiller}
 HIDDEN, RANK, SLOTS, VOCAB = 37, 5, 3, 11
@@ -52,9 +53,6 @@ def make_token_head(dtype: torch.dtype, center: bool = True, stride: int = HIDDE
 
 def tensors(state: DistillerState) -> tuple[Tensor, ...]:
     return (*state.weights, *(state.momentum or ()), *state[3:])
-
-
-# ---------------------------------------------------------------------------------------------- tokens that teach
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,9 +112,6 @@ def test_heads_that_name_no_targets_are_refused(head: str) -> None:
         ops.distiller_step_(state, saved, target, groups, scale, config, head=given)
 
 
-# ---------------------------------------------------------------------------------------------- given memory
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_full_of_nan_gives_the_same_bits(
@@ -166,9 +161,6 @@ def test_memory_that_does_not_fit_is_refused(device: str, monkeypatch: pytest.Mo
     ):
         with pytest.raises(ArgumentError, match=what):
             ops.distiller_forward(shallow, groups, state.weights, scale, scratch=bad)
-
-
-# ---------------------------------------------------------------------------------------------- torch ops
 
 
 @pytest.fixture
@@ -233,9 +225,6 @@ def test_warm_up_runs(device: str) -> None:
     weight, center = to(device, head.weight, head.center)
     for dtype, momentum in ((torch.float32, False), (torch.bfloat16, True)):
         warm_up_distiller(HIDDEN, RANK, dtype, momentum, weight, center, device=device)
-
-
-# ---------------------------------------------------------------------------------------------- rounding
 
 
 @pytest.mark.parametrize("op", [reference_distiller, triton_distiller], ids=BACKENDS)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esamp_core.reference_distiller import learning_rates, slot_gradients, stochastic_round
+from esamp_core.reference.distiller import learning_rates, slot_gradients, stochastic_round
 from esamp_core.sample import (
     Activations,
     DistillerConfig,

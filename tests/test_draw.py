@@ -11,6 +11,7 @@ from scipy.stats import poisson
 from torch import Tensor
 
 from esamp_core import reference
+from esamp_core.reference import sampling
 from esamp_core.sample import (
     Draw,
     Head,
@@ -165,8 +166,8 @@ def test_tail_wins_as_often_as_it_should(monkeypatch: pytest.MonkeyPatch) -> Non
         bits = torch.randint(0, 2**32, ids.shape, generator=g)
         return torch.where(ids == 1000, position[:, None], bits)
 
-    monkeypatch.setattr(reference, "vocabulary_bits", whole_row)
-    monkeypatch.setattr(reference, "token_bits", some_tokens)
+    monkeypatch.setattr(sampling, "vocabulary_bits", whole_row)
+    monkeypatch.setattr(sampling, "token_bits", some_tokens)
     top = torch.randint(top_bits[0], top_bits[1], (rows,), generator=g)
     params = RowParams.of(SamplingParams(beta=0), batch, "cpu")
     rows_of_logits = logits.expand(batch, -1)

@@ -24,8 +24,6 @@ from esamp_core.sample import (
     row_seeds,
 )
 
-# ------------------------------------------------------------------------------------------------ misuse is loud
-
 
 def test_sample_without_predict() -> None:
     explorer = make()
@@ -170,9 +168,6 @@ def test_close_after_an_exception_in_a_step() -> None:
     step(explorer, explorer.open(["b"], PARAMS))
 
 
-# ------------------------------------------------------------------------------------------------ what rows mean
-
-
 def test_row_without_a_group_is_plain_sampling() -> None:
     explorer = make()
     rows = explorer.open([None, "a", None], PARAMS)
@@ -245,9 +240,6 @@ def test_model_logits_are_what_novelty_uses() -> None:
     assert draw.novelty.abs().item() < 20.0
     base = torch.log_softmax(model_logits.double(), -1)[0, draw.token_ids.item()]
     assert draw.base_logprob.item() == pytest.approx(base.item(), abs=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ learning
 
 
 def test_the_error_falls() -> None:

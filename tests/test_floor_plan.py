@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from floor_plan import ROOMS, ROOT, files, imports_of, is_under, loaded_with
 
-ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "esamp_core", "bindings", "bench", "tests")
 MAX_LINES = 400
 
 # What each room may import of the others: kernels <- esamp_core <- bindings <- bench, tests.
@@ -29,21 +25,9 @@ MAY_IMPORT = {
 }
 KERNEL_LIBRARIES = ("__future__", "collections", "dataclasses", "functools", "math", "os", "torch", "triton", "typing")
 # The one door to the kernels; esamp_core.ops opens it only when the triton backend is chosen.
-OPS_LAYER = ("esamp_core.triton_backend", "esamp_core.triton_distiller")
+OPS_LAYER = ("esamp_core.ops.triton_sampling", "esamp_core.ops.triton_distiller")
 # `import esamp_core.sample` needs none of these.
 OPTIONAL = ("transformers", "triton", "typer", "rich")
-
-
-class Import(NamedTuple):
-    """One imported name. `when`: "import" (runs with the module), "call" (inside a function), "typing" (never runs)."""
-
-    name: str
-    line: int
-    when: str
-
-
-def is_under(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
 
 
 def room_of(module: str) -> str | None:
@@ -53,55 +37,6 @@ def room_of(module: str) -> str | None:
             return room
     top = module.split(".")[0]
     return top if top in ("esamp_core", "bench", "tests") else None
-
-
-def absolute(module: str, level: int, package: str) -> str:
-    """`from ..x` as seen from `package`, in full."""
-    if level == 0:
-        return module
-    parents = package.split(".")
-    return ".".join([*parents[: len(parents) - level + 1], *([module] if module else [])])
-
-
-def imports_of(source: str, module: str, is_package: bool = False) -> list[Import]:
-    """All imports of a source text, `from a import b` as "a.b", and those by importlib with a literal name."""
-    package = module if is_package else module.rpartition(".")[0]
-    found: list[Import] = []
-
-    def visit(node: ast.AST, when: str) -> None:
-        if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, node.lineno, when) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            origin = absolute(node.module or "", node.level, package)
-            found.extend(Import(f"{origin}.{alias.name}", node.lineno, when) for alias in node.names)
-        elif isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func)):
-            name = literal_start(node.args[0]) if node.args else ""
-            dots = len(name) - len(name.lstrip("."))
-            found.append(Import(absolute(name[dots:], dots, package).rstrip("."), node.lineno, when))
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            for child in node.body:
-                visit(child, "typing")
-            for child in node.orelse:
-                visit(child, when)
-            return
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            # Decorators and defaults run with the module, the body does not.
-            body = node.body if isinstance(node.body, list) else [node.body]
-            for child in ast.iter_child_nodes(node):
-                visit(child, "call" if child in body and when == "import" else when)
-            return
-        for child in ast.iter_child_nodes(node):
-            visit(child, when)
-
-    visit(ast.parse(source), "import")
-    return found
-
-
-def literal_start(node: ast.expr) -> str:
-    """The literal text that a string or f-string begins with."""
-    if isinstance(node, ast.JoinedStr) and node.values:
-        return literal_start(node.values[0])
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 USE_VLLM = ("tests.vllm_engine", "bench.peers")  # its tests, and what is measured beside it
@@ -131,57 +66,11 @@ def check_length(source: str, name: str) -> list[str]:
     return [f"{name} has {lines} lines, more than {MAX_LINES}"] if lines > MAX_LINES else []
 
 
-def loaded_with(start: str, modules: dict[str, list[Import]]) -> dict[str, str]:
-    """Everything that `import start` imports by way of `modules`, each name with the module that asks for it."""
-    reached: dict[str, str] = {start: "the caller"}
-    queue = [start]
-    while queue:
-        module = queue.pop()
-        names = [(entry.name, module) for entry in modules.get(module, []) if entry.when == "import"]
-        names += [(module.rpartition(".")[0], module)]  # the parent package's __init__ runs too
-        for name, asker in names:
-            if name and name not in reached:
-                reached[name] = asker
-                queue.append(name)
-    return reached
-
-
-class File(NamedTuple):
-    path: Path
-    room: str
-    module: str
-
-    @property
-    def source(self) -> str:
-        return self.path.read_text(encoding="utf-8")
-
-    @property
-    def is_package(self) -> bool:
-        return self.path.name == "__init__.py"
-
-
-def files(root: Path = ROOT) -> Iterator[File]:
-    """All Python files of the rooms, the linked folders once, where they really are."""
-    for room in ROOMS:
-        for base, folders, names in os.walk(root / room):  # does not follow links
-            folders[:] = [folder for folder in folders if not folder.startswith((".", "__pycache__"))]
-            for name in sorted(names):
-                path = Path(base, name)
-                if path.suffix == ".py":
-                    parts = path.relative_to(root).with_suffix("").parts
-                    parts = parts[:-1] if parts[-1] == "__init__" else parts
-                    prefix = "esamp_core." if room in ("kernels", "bindings") else ""
-                    yield File(path, room, prefix + ".".join(parts))
-
-
 FILES = list(files())
 
 
 def breach_texts(breaches: Iterable[str]) -> str:
     return "\n".join(breaches)
-
-
-# --- the tree -------------------------------------------------------------------------------------------------------
 
 
 def test_files_are_found() -> None:
@@ -246,9 +135,6 @@ def test_sample_needs_no_optional_package() -> None:
     assert result.returncode == 0, result.stderr
 
 
-# --- the checks can fail --------------------------------------------------------------------------------------------
-
-
 def test_blocker_blocks() -> None:
     result = import_without(["fractions"], "import fractions")
     assert result.returncode != 0 and "fractions is blocked" in result.stderr
@@ -256,7 +142,7 @@ def test_blocker_blocks() -> None:
 
 OFFENDERS = [
     ("kernels", "esamp_core.kernels.x", "import numpy", "kernels import only"),
-    ("kernels", "esamp_core.kernels.x", "from esamp_core.errors import ShapeError", "may not import esamp_core"),
+    ("kernels", "esamp_core.kernels.x", "from esamp_core.base.errors import ShapeError", "may not import esamp_core"),
     ("kernels", "esamp_core.kernels.x", "from ..errors import ShapeError", "may not import esamp_core"),
     ("esamp_core", "esamp_core.sample", "from esamp_core.kernels.draw import draw_triton", "may import kernels"),
     ("esamp_core", "esamp_core.ops", "from .kernels import draw", "may import kernels"),
@@ -277,7 +163,7 @@ OFFENDERS = [
 
 RESIDENTS = [
     ("kernels", "esamp_core.kernels.x", "import triton.language as tl\nimport math, torch\nfrom . import common"),
-    ("esamp_core", "esamp_core.triton_backend", "from esamp_core.kernels.draw import draw_triton"),
+    ("esamp_core", "esamp_core.ops.triton_sampling", "from esamp_core.kernels.draw import draw_triton"),
     ("esamp_core", "esamp_core.sample", "import kernelsmith"),
     ("bindings", "esamp_core.bindings.vllm_plugin", "from vllm import LLM\nfrom esamp_core.sample import Explorer"),
     ("tests", "tests.test_x", "import esamp_core.kernels.draw\nfrom bench import overhead"),
@@ -319,9 +205,6 @@ def test_links_are_not_walked_twice(tmp_path: Path) -> None:
         (tmp_path / room / "x.py").write_text("")
     (tmp_path / "esamp_core" / "kernels").symlink_to("../kernels")
     assert [file.module for file in files(tmp_path)] == ["esamp_core.kernels.x", "esamp_core.x"]
-
-
-# --- what conftest.py promises --------------------------------------------------------------------------------------
 
 
 def test_uninitialised_memory_is_nan(device: str) -> None:

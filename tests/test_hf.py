@@ -12,8 +12,8 @@ from torch import Tensor
 
 from esamp_core.bindings.hf import Exploration, explore
 from esamp_core.decoder import Decoder
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import Draw, SamplingParams, Status
-from esamp_core.taps import find_parts
 from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, Spy, build, one_thread, plain_forward  # noqa: F401
 
 STOP = tuple(range(3, 27))
@@ -55,9 +55,6 @@ def assert_same(one: Draw, other: Draw) -> None:
     assert torch.equal(one.token_ids, other.token_ids)
     for name in ("logprob", "base_logprob", "novelty", "kl"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-5, rtol=1e-5)
-
-
-# --- equal to the decoder -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -117,9 +114,6 @@ def test_seed_of_torch_fixes_the_draws() -> None:
         torch.manual_seed(seed)
         results.append(generated(build("llama"), repeated(PROMPTS, 2), params=SamplingParams())[0])
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-
-
-# --- what is tapped, drawn and learned ------------------------------------------------------------------------------
 
 
 class Watch(Spy):

@@ -15,12 +15,10 @@ import transformers as hf
 from torch import Tensor
 
 from esamp_core.bindings.hf import explore
+from esamp_core.models.parts import cache_argument, find_parts
 from esamp_core.sample import DistillerConfig, Draw, Explorer, SamplingParams
-from esamp_core.taps import cache_argument, find_parts
 from tests.test_decoder_models import PROMPTS, SIZES, VOCAB, build, one_thread  # noqa: F401
 from tests.test_hf import SAMPLED, STOP, assert_same, generated, padded, repeated, run
-
-# --- what generate was asked for ------------------------------------------------------------------------------------
 
 
 def test_filters_of_generate_are_used() -> None:
@@ -183,9 +181,6 @@ def test_nothing_of_a_forward_outlives_its_step() -> None:
     assert seen == [0, 0, 0, 0]
 
 
-# --- one context, many calls ----------------------------------------------------------------------------------------
-
-
 def hooks(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -202,7 +197,7 @@ def test_every_generate_starts_clean() -> None:
             run(exploration, build("llama"), repeated([[5], [6]], 4))
             run(exploration, build("llama"), repeated(PROMPTS, 2))
             assert_same(exploration.draws, first)
-    assert spy.stats() == {} and spy._open_rows == 0 and hooks(build("llama")) == before
+    assert spy.stats() == {} and spy.open_rows == 0 and hooks(build("llama")) == before
 
 
 class Fails(hf.StoppingCriteria):  # type: ignore[misc]
@@ -216,7 +211,7 @@ def test_error_in_generate_leaves_nothing_behind() -> None:
     explorer, before = Explorer(find_parts(build("llama")).head, 32, max_rows=8), hooks(build("llama"))
     with pytest.raises(RuntimeError, match="inside"), explore(build("llama"), explorer=explorer) as exploration:
         run(exploration, build("llama"), stopping_criteria=[Fails()])
-    assert explorer.stats() == {} and explorer._open_rows == 0 and hooks(build("llama")) == before
+    assert explorer.stats() == {} and explorer.open_rows == 0 and hooks(build("llama")) == before
     _, want = generated(build("llama"), params=SAMPLED)
     with explore(build("llama"), params=SAMPLED) as exploration:
         with pytest.raises(RuntimeError, match="inside"):
@@ -242,9 +237,6 @@ def test_inference_mode() -> None:
             run(exploration, build("llama"), repetition_penalty=1.2)
         got = exploration.draws
     assert_same(got, want)
-
-
-# --- compiled models ------------------------------------------------------------------------------------------------
 
 
 def compiled_by_generate() -> dict[str, Any]:

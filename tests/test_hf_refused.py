@@ -9,10 +9,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from esamp_core.base.errors import ArgumentError, StateError, UnsupportedModelError
 from esamp_core.bindings.hf import explore
-from esamp_core.errors import ArgumentError, StateError, UnsupportedModelError
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import DistillerConfig, Explorer, SamplingParams
-from esamp_core.taps import find_parts
 from tests.test_decoder_models import PROMPTS, SIZES, VOCAB, build, one_thread  # noqa: F401
 from tests.test_decoder_taps import PackedHead
 from tests.test_hf import SAMPLED, generated, padded
@@ -46,7 +46,7 @@ def test_refused_by_generate(case: str) -> None:
     with pytest.raises((UnsupportedModelError, ArgumentError), match=message) as error:
         generated(model, PROMPTS[:1], explorer=explorer, **options)
     assert "\n" not in str(error.value)
-    assert hooks(model) == before and explorer.stats() == {} and explorer._open_rows == 0
+    assert hooks(model) == before and explorer.stats() == {} and explorer.open_rows == 0
 
 
 class After(hf.LogitsProcessor):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from explorer_helpers import PARAMS, logits_of, make, taps
 from simulated_lane import SimulatedLane
 from torch import Tensor
 
-from esamp_core.learner import Lane, SerialLane
+from esamp_core.explorer.streams import Lane, SerialLane
 from esamp_core.sample import CapacityError, DistillerConfig, Draw, Explorer, Rows
 
 CONFIG = DistillerConfig(rank=4, deep_scale=1.0, momentum=0.5)

@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esamp_core import reference_distiller
-from esamp_core.config import DistillerConfig
-from esamp_core.errors import ArgumentError
-from esamp_core.reference_distiller import group_rows, learning_rates, slot_gradients
-from esamp_core.structures import Activations, DistillerState, DistillerWeights, RowGroups
+from esamp_core.base.config import DistillerConfig
+from esamp_core.base.errors import ArgumentError
+from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, RowGroups
+from esamp_core.reference import distiller as reference_distiller
+from esamp_core.reference.distiller import group_rows, learning_rates, slot_gradients
 from tests.kernel_cases import equal_bits, quick_interpreter, to
 from tests.test_distiller_ops import make_state, make_weights, states
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from esamp_core import triton_distiller  # noqa: E402
-from esamp_core.kernels import distiller_forward as forward_kernels  # noqa: E402
-from esamp_core.kernels.rounding import stochastic_round  # noqa: E402
+from esamp_core.kernels.distiller import forward as forward_kernels  # noqa: E402
+from esamp_core.kernels.distiller.rounding import stochastic_round  # noqa: E402
+from esamp_core.ops import triton_distiller  # noqa: E402
 
 NAMES = DistillerWeights._fields
 # Relative error, in the Euclidean norm, of sums in float32 and of products of bfloat16 operands, in other orders than
@@ -231,9 +231,6 @@ def test_weights_that_the_kernels_cannot_update_are_refused(device: str) -> None
             triton_distiller.distiller_forward(shallow, groups, bad, scale)
 
 
-# ---------------------------------------------------------------------------------------------- bad numbers
-
-
 @pytest.mark.parametrize("bad", ["nan", "inf", "zero target", "weights", "overflow"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_non_finite_leaves_the_slot_alone(bad: str, momentum: float, device: str) -> None:
@@ -276,9 +273,6 @@ def test_a_row_too_far_off_for_float32_teaches_nothing_and_spoils_nothing(device
     assert want.updates.tolist() == got.updates.tolist() == [1]
     for name, a, b in zip(NAMES, got.weights, want.weights, strict=True):
         near(a, b, 1e-5, name)
-
-
-# ---------------------------------------------------------------------------------------------- bfloat16 weights
 
 
 @triton.jit
@@ -354,9 +348,6 @@ def test_bfloat16_keeps_learning_where_plain_rounding_stalls(device: str) -> Non
         stalled = (plain.weights[index].float() - start[index]).flatten()
         assert torch.dot(full, stalled) < 0.3 * torch.dot(full, full), "plain rounding was to stall"
         assert 0.5 < torch.dot(full, rounded) / torch.dot(full, full) < 1.5
-
-
-# ---------------------------------------------------------------------------------------------- the library on top
 
 
 def test_tiles_never_look_at_rows() -> None:

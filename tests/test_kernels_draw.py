@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esamp_core import philox as reference_philox
 from esamp_core import reference
-from esamp_core.structures import Candidates, Reweighted, RowParams
+from esamp_core.base import philox as reference_philox
+from esamp_core.base.tensors import Candidates, Head, Reweighted, RowParams
 from tests.kernel_cases import (
     EXAMPLES,
     NUMBERS,
@@ -33,8 +33,8 @@ from tests.kernel_cases import (
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from esamp_core import triton_backend  # noqa: E402
 from esamp_core.kernels.philox import gumbel, tile_bits, token_bits  # noqa: E402
+from esamp_core.ops import triton_backend  # noqa: E402
 
 HIDDEN = 24
 HEADS: dict[str, dict[str, Any]] = {
@@ -165,7 +165,7 @@ def test_scores_of_wide_heads(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1300, 40, generator=generator).bfloat16().T
     direction, ids = torch.randn(2, 1300, generator=generator), torch.randint(0, 40, (2, 11), generator=generator)
-    head = reference.Head(weight)
+    head = Head(weight)
     want = reference.score_candidates(direction, head, ids)
     got = triton_backend.score_candidates(*to(device, direction), head_to(device, head), *to(device, ids))
     torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)

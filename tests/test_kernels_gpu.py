@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esamp_core.learner import CudaLane, SerialLane
+from esamp_core.explorer.streams import CudaLane, SerialLane
 from esamp_core.sample import DistillerConfig, Draw, Explorer, Head, SamplingParams
 from tests.kernel_cases import (
     INTERPRETED,
@@ -28,7 +28,7 @@ from tests.test_learner import CONFIGS, run
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
-from esamp_core import triton_backend  # noqa: E402
+from esamp_core.ops import triton_backend  # noqa: E402
 
 # In a rehearsal without a GPU the interpreter has to do it all.
 VOCAB, HIDDEN, ROWS = 140 if INTERPRETED else 5003, 64, 2 * len(ROW_KINDS)
@@ -111,9 +111,6 @@ def test_rows_beyond_32_bit_offsets() -> None:
     zero = torch.zeros(rows, dtype=torch.int64, device="cuda")
     drawn = triton_backend.explore(logits, *to("cuda", params), zero, zero, max_candidates=8)
     assert torch.equal(drawn.token_ids, winners)
-
-
-# ---------------------------------------------------------------------------------------------- the learner
 
 
 class SleepyLane(CudaLane):
@@ -208,7 +205,7 @@ def test_learning_allocates_nothing() -> None:
 
     before = blocks()
     for _ in range(3):
-        learner.predict(decoding.shallow, rows._groups, rows.active)
+        learner.predict(decoding.shallow, rows.row_groups, rows.active)
         learner.prediction()
         learner.stage(decoding.deep)
     torch.cuda.synchronize()

@@ -16,11 +16,11 @@ from tests.kernel_cases import equal_bits, make_head, make_params, make_rows, of
 
 triton = pytest.importorskip("triton")
 
-from esamp_core import triton_backend  # noqa: E402
-from esamp_core.errors import ArgumentError  # noqa: E402
-from esamp_core.kernels import explore  # noqa: E402
+from esamp_core.base.errors import ArgumentError  # noqa: E402
+from esamp_core.kernels.sampling import ops  # noqa: E402
 from esamp_core.kernels.tuning import TABLE, Config, Layout, config_for, sort_width  # noqa: E402
 from esamp_core.kernels.warm_up import warm_up  # noqa: E402
+from esamp_core.ops import triton_backend, triton_sampling  # noqa: E402
 from esamp_core.sample import DistillerConfig, Explorer, Head  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     direction = torch.randn(ROWS, HIDDEN, generator=generator)
     seed = torch.arange(ROWS)
     logits, params, weight, direction, seed = to(device, logits, params, head.weight, direction, seed)
-    found = explore.select_op(logits, *params, None, WIDTH, False)
+    found = ops.select_op(logits, *params, None, WIDTH, False)
     ids, chosen, count, threshold, tie_id, status = found
     temperature, beta = params.temperature, params.beta
     head_arguments = (weight, None, None, 1.0, None, None, 0, 1.0)
@@ -62,7 +62,7 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize("name", ["select", "score", "reweight", "draw", "explore", "explore coded"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(explore, f"{name.split()[0]}_op"), arguments[name], test_utils=checks)
+    torch.library.opcheck(getattr(ops, f"{name.split()[0]}_op"), arguments[name], test_utils=checks)
 
 
 @pytest.mark.traced
@@ -70,7 +70,7 @@ def test_fakes_have_the_shapes(arguments: dict[str, tuple[object, ...]]) -> None
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, values in arguments.items():
-        op = getattr(explore, f"{name.split()[0]}_op")
+        op = getattr(ops, f"{name.split()[0]}_op")
         real = op(*values)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values))
@@ -87,10 +87,10 @@ def test_one_opaque_op_in_a_graph(device: str, arguments: dict[str, tuple[object
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda x: explore.explore_op(x, *values[1:]), backend=keep, fullgraph=True)
-    assert equal_bits(compiled(values[0]), explore.explore_op(*values))
+    compiled = torch.compile(lambda x: ops.explore_op(x, *values[1:]), backend=keep, fullgraph=True)
+    assert equal_bits(compiled(values[0]), ops.explore_op(*values))
     calls = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert torch.ops.esamp.explore.default in calls or explore.explore_op in calls
+    assert torch.ops.esamp.explore.default in calls or ops.explore_op in calls
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -113,7 +113,7 @@ def test_an_explorer_warms_up(device: str, target: Literal["deep", "choice"], mo
         asked.append({"vocab": vocab, "hidden": hidden, "width": width, **rest})
         warm_up(vocab, hidden, width, **rest)
 
-    monkeypatch.setattr(triton_backend, "warm_up", spy)
+    monkeypatch.setattr(triton_sampling, "warm_up_kernels", spy)
     rows = explorer.open(["a", "a"])
     before = [t.clone() for t in explorer._bank.state.weights]
     explorer.warm_up(torch.bfloat16)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esamp_core import reference
-from esamp_core.structures import RowParams, Status
+from esamp_core.base.tensors import RowParams, Status
 from tests.kernel_cases import (
     EXAMPLES,
     INTERPRETED,
@@ -27,7 +27,7 @@ from tests.kernel_cases import (
     to,
 )
 
-triton_backend = pytest.importorskip("esamp_core.triton_backend")
+triton_backend = pytest.importorskip("esamp_core.ops.triton_backend")
 VOCABULARIES = (1, 2, 127, 128, 129, 1000, 32003)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = ("transformers", "vllm")

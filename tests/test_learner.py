@@ -8,7 +8,7 @@ import pytest
 import torch
 from simulated_lane import SimulatedLane
 
-from esamp_core.learner import SerialLane
+from esamp_core.explorer.streams import SerialLane
 from esamp_core.sample import DistillerConfig, Explorer, Head, SamplingParams
 
 HIDDEN, VOCAB = 16, 60

@@ -10,8 +10,8 @@ from explorer_helpers import HIDDEN, PARAMS, VOCAB, make
 from simulated_graph import SimulatedGraph, like_cuda
 from torch import Tensor
 
-from esamp_core.errors import StateError
-from esamp_core.learner import Learner
+from esamp_core.base.errors import StateError
+from esamp_core.explorer.learner import Learner
 from esamp_core.sample import Activations, DistillerConfig, Explorer, Rows
 from tests.kernel_cases import equal_bits, quick_interpreter
 
@@ -162,7 +162,7 @@ def test_a_step_allocates_nothing(name: str) -> None:
     target = torch.zeros(ROWS, dtype=torch.int64) if name == "choice" else run.deep
 
     def step() -> None:
-        learner.predict(run.shallow, run.rows._groups, run.rows.active)
+        learner.predict(run.shallow, run.rows.row_groups, run.rows.active)
         learner.prediction()
         learner.stage(target)
 
@@ -182,7 +182,7 @@ def test_only_a_step_like_the_one_before_is_captured(monkeypatch: pytest.MonkeyP
         capturing.append(True)
         state = learner.host_state
         try:
-            learner.predict(run.shallow, rows._groups, rows.active)
+            learner.predict(run.shallow, rows.row_groups, rows.active)
         except StateError as error:
             assert "only after a whole step" in str(error) and learner.host_state == state
             return True

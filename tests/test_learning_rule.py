@@ -11,8 +11,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from esamp_core import countdown
 from esamp_core.decoder import Decoder
-from esamp_core.distiller import DistillerBank
 from esamp_core.explorer import Explorer
+from esamp_core.explorer.bank import DistillerBank
 from esamp_core.sample import DistillerConfig, SamplingParams, distiller_forward, distiller_step_, group_rows
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esamp_core.errors import ArgumentError
-from esamp_core.metrics import paired_bootstrap, pass_at_k
+from esamp_core.base.errors import ArgumentError
+from esamp_core.report.metrics import paired_bootstrap, pass_at_k
 
 
 @given(st.integers(1, 8), st.data())

@@ -31,7 +31,7 @@ def test_no_module_hides_a_name() -> None:
 def test_imports_are_lazy() -> None:
     program = (
         "import sys, esamp_core; assert 'torch' not in sys.modules; from esamp_core import Explorer, SamplingParams;"
-        "assert 'transformers' not in sys.modules; from esamp_core import generate; import esamp_core.cli_generate;"
+        "assert 'transformers' not in sys.modules; from esamp_core import generate; import esamp_core.cli.generate;"
         "from esamp_core import generate as again; assert generate is again and callable(generate)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esamp_core.philox import SERIES_BELOW, as_int64, gumbel, philox, row_seeds, token_bits, vocabulary_bits
+from esamp_core.base.philox import SERIES_BELOW, gumbel, philox, token_bits, vocabulary_bits
+from esamp_core.base.seeds import as_int64, row_seeds
 from tests.oracles import GUMBEL_TOLERANCE, gumbel_float64, philox_numpy, token_bits_numpy
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-import esamp_core.calibrate as module
 from esamp_core import countdown
-from esamp_core.calibrate import Calibration, CalibrationConfig, States, calibrate, save_start
-from esamp_core.distiller import DistillerBank, start_weights
-from esamp_core.errors import ArgumentError
+from esamp_core.base.errors import ArgumentError
+from esamp_core.calibration import Calibration, CalibrationConfig, calibrate, fit, save_start, states
+from esamp_core.calibration.config import Work
+from esamp_core.calibration.states import States
+from esamp_core.explorer.bank import DistillerBank
+from esamp_core.explorer.start import start_weights
 from esamp_core.sample import DistillerConfig, DistillerWeights, distiller_forward, group_rows
 
 CPU = torch.device("cpu")
@@ -31,13 +31,9 @@ def prompts() -> list[str]:
     return [p.prompt for p in countdown.held_out_problems("tune", 20)]
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
 @pytest.fixture(scope="module")
 def result(model: tuple[Any, Any], prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    return calibrate(*model, prompts, SMALL, tmp_path_factory.mktemp("c") / "w", quiet())
+    return calibrate(*model, prompts, SMALL, tmp_path_factory.mktemp("c") / "w")
 
 
 def test_the_error_falls_on_prompts_that_did_not_teach(result: Calibration) -> None:
@@ -55,21 +51,21 @@ def test_states_are_those_of_decoding(model: tuple[Any, Any], prompts: list[str]
     ids = [tokenizer(p)["input_ids"] for p in prompts[:2]]
     drawn = [[20, 100, 7], [5, 103, 9, 104, 12, 3]]
     sequences = [(i, ids[i], drawn[i]) for i in range(2)]
-    with module.Progress(console=quiet()) as progress:
-        states = module._collect(decoder.parts, sequences, progress, progress.add_task("states"))
+    sizes: list[int] = []
+    found = states.collect(decoder.parts, sequences, sizes.append)
     out = network(torch.tensor([ids[1] + drawn[1][:-1]]), output_hidden_states=True)
     at = slice(len(ids[1]) - 1, None)
     # Longest first, so the second sequence comes first; hidden_states[1] is what the first block puts out.
-    torch.testing.assert_close(states.shallow[:6], out.hidden_states[1][0, at], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(states.deep[:6], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
-    assert len(states.deep) == 6 + 3
+    torch.testing.assert_close(found.shallow[:6], out.hidden_states[1][0, at], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.deep[:6], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
+    assert len(found.deep) == 6 + 3
 
 
 def test_balancing_changes_no_prediction(result: Calibration) -> None:
     torch.manual_seed(0)
     shallow = torch.randn(40, 128)
     lopsided = result.weights._replace(up=result.weights.up / 50, down=result.weights.down * 50)
-    balanced = module._balanced(lopsided, States(shallow, shallow), result.deep_scale)
+    balanced = fit.balanced(lopsided, States(shallow, shallow), result.deep_scale)
 
     def predicted(weights: DistillerWeights) -> torch.Tensor:
         groups = group_rows(torch.zeros(40, dtype=torch.int64), 1)
@@ -78,7 +74,7 @@ def test_balancing_changes_no_prediction(result: Calibration) -> None:
 
     torch.testing.assert_close(predicted(balanced), predicted(lopsided), atol=1e-4, rtol=1e-4)
     # Balanced weights do not depend on how lopsided they came.
-    again = module._balanced(result.weights, States(shallow, shallow), result.deep_scale)
+    again = fit.balanced(result.weights, States(shallow, shallow), result.deep_scale)
     torch.testing.assert_close(again.up, balanced.up, atol=1e-5, rtol=1e-3)
 
 
@@ -91,27 +87,27 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     result: Calibration,
     stop_at: str,
 ) -> None:
-    monkeypatch.setattr(module, "SAVE_EVERY", 20)
+    monkeypatch.setattr(fit, "SAVE_EVERY", 20)
     saves = 0
-    save = module._save
+    save = Work.save
 
-    def interrupting(saved: dict[str, Any], work: Path) -> None:
+    def interrupting(work: Work) -> None:
         nonlocal saves
-        save(saved, work)
+        save(work)
         saves += 1
         if saves == (1 if stop_at == "generate" else 4):  # 20 prompts are two saves; then one every 20 steps
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_save", interrupting)
+    monkeypatch.setattr(Work, "save", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(*model, prompts, SMALL, tmp_path / "w", quiet())
-    monkeypatch.setattr(module, "_save", save)
-    resumed = calibrate(*model, prompts, SMALL, tmp_path / "w", quiet())
+        calibrate(*model, prompts, SMALL, tmp_path / "w")
+    monkeypatch.setattr(Work, "save", save)
+    resumed = calibrate(*model, prompts, SMALL, tmp_path / "w")
     for a, b in zip(resumed.weights, result.weights, strict=True):
         assert a.equal(b)
     assert (resumed.before, resumed.after) == (result.before, result.after)
     with pytest.raises(ArgumentError, match="other settings or prompts"):
-        calibrate(*model, prompts[1:], SMALL, tmp_path / "w", quiet())
+        calibrate(*model, prompts[1:], SMALL, tmp_path / "w")
 
 
 def test_the_bank_starts_from_the_file(result: Calibration, tmp_path: Path) -> None:
@@ -144,19 +140,19 @@ def test_other_files_are_no_start(tmp_path: Path) -> None:
 
 def test_the_shipped_start_is_better_than_the_plain_one(model: tuple[Any, Any]) -> None:
     """On held-out problems: before any lesson, and learning on from there at its rate."""
+    from bench.learning_rule import Recipe, record, relearn
     from bench.quality_tasks import CountdownTask, Source
-    from bench.replay import Recipe, record, replay
 
     recording = record(Source("countdown", *model), CountdownTask(), 6, 8, seed=3)
-    plain = replay(recording, Recipe("plain", DistillerConfig()))
-    frozen = replay(recording, Recipe("frozen", DistillerConfig(start=str(countdown.DISTILLER), lr=0.0)))
-    learning = replay(recording, Recipe("learning", DistillerConfig(start=str(countdown.DISTILLER))))
+    plain = relearn(recording, Recipe("plain", DistillerConfig()))
+    frozen = relearn(recording, Recipe("frozen", DistillerConfig(start=str(countdown.DISTILLER), lr=0.0)))
+    learning = relearn(recording, Recipe("learning", DistillerConfig(start=str(countdown.DISTILLER))))
     assert frozen.mean() < 0.7 * plain.mean()
     assert learning.mean() < frozen.mean()
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank", 0), ("held_out", 1.0), ("rate", 0.0), ("steps", True)])
-def test_calibration_config_is_checked_at_birth(field: str, value: object) -> None:
+def test_calibration_config_is_checked_when_made(field: str, value: object) -> None:
     with pytest.raises(ArgumentError, match=field):
         CalibrationConfig(**{field: value})  # type: ignore[arg-type]
 
@@ -168,4 +164,4 @@ def test_a_calibrated_start_has_a_rate_of_its_own() -> None:
 
 def test_one_prompt_is_too_few(model: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="at least two"):
-        calibrate(*model, ["3 7 3 5 -> 41 :"], SMALL, tmp_path / "w", quiet())
+        calibrate(*model, ["3 7 3 5 -> 41 :"], SMALL, tmp_path / "w")

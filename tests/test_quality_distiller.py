@@ -1,4 +1,4 @@
-"""The study's batched Distillers against the library's reference, and replay against the learning it stands for."""
+"""The study's batched Distillers against the library's reference, and relearn against the learning it stands for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.learning_rule import Recipe, Recording, recipes, record, relearn, relearn_ridge
 from bench.quality_decode import request_seeds
 from bench.quality_distiller import DenseDistillers
 from bench.quality_tasks import CountdownTask, Source, load_source
-from bench.replay import Recipe, Recording, recipes, record, replay, replay_ridge
 from esamp_core import countdown
-from esamp_core.distiller import DistillerBank
+from esamp_core.explorer.bank import DistillerBank
 from esamp_core.sample import DistillerConfig, distiller_forward, distiller_step_, group_rows
 
 HIDDEN, SCALE = 24, 1.7
@@ -77,18 +77,18 @@ def test_a_recording_holds_the_models_states_and_its_own_tokens(source: Source, 
 
 
 def test_replay_measures_before_it_learns(recording: Recording) -> None:
-    learning, frozen = (replay(recording, Recipe("", DistillerConfig(lr=lr))) for lr in (0.3, 0.0))
+    learning, frozen = (relearn(recording, Recipe("", DistillerConfig(lr=lr))) for lr in (0.3, 0.0))
     assert learning[0] == frozen[0]  # nothing was learned yet
     assert learning[20:].mean() < 0.9 * frozen[20:].mean()
-    first = replay(recording, Recipe("", DistillerConfig(), rows=1))
+    first = relearn(recording, Recipe("", DistillerConfig(), rows=1))
     assert first[0] == learning[0] and first[20:].mean() > learning[20:].mean()
 
 
 def test_a_choice_distiller_that_knows_nothing_has_error_one(recording: Recording) -> None:
-    frozen = replay(recording, Recipe("", DistillerConfig(lr=0.0, target="choice")))
+    frozen = relearn(recording, Recipe("", DistillerConfig(lr=0.0, target="choice")))
     torch.testing.assert_close(frozen, torch.ones_like(frozen))
-    assert replay_ridge(recording)[0] == pytest.approx(1.0)
-    assert replay(recording, Recipe("", DistillerConfig(target="choice")))[10:25].mean() < 0.97
+    assert relearn_ridge(recording)[0] == pytest.approx(1.0)
+    assert relearn(recording, Recipe("", DistillerConfig(target="choice")))[10:25].mean() < 0.97
 
 
 def test_one_thing_varies_per_group_of_recipes() -> None:

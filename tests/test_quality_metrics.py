@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esamp_core.errors import ArgumentError
-from esamp_core.metrics import distinct_n, self_bleu
+from esamp_core.base.errors import ArgumentError
+from esamp_core.report.metrics import distinct_n, self_bleu
 
 SAMPLES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=2, max_size=5)
 

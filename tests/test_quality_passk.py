@@ -26,7 +26,7 @@ from bench.quality_table import (
 )
 from bench.quality_tasks import CountdownTask, HardCountdownTask, Source, disjoint_problems, load_source, load_task
 from esamp_core import countdown
-from esamp_core.errors import ArgumentError
+from esamp_core.base.errors import ArgumentError
 from esamp_core.report import RunFile
 
 
@@ -145,9 +145,6 @@ def test_mean_ragged() -> None:
     assert mean_ragged([[], []]) == []
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
 def result(sampler: str, n: int, seed: int, correct: list[int], dependent: bool) -> dict[str, Any]:
     record = {"distinct": 1, "valid": 0.5, "tokens": 10 * n, "distinct_2": 0.1, "distinct_4": 0.2, "self_bleu": 0.3}
     record |= {"entropy_model": 1.0, "entropy_sampled": 0.9, "kl": 0.01}
@@ -156,7 +153,8 @@ def result(sampler: str, n: int, seed: int, correct: list[int], dependent: bool)
         | {"n": n, "seed": seed},
         "dependent": dependent,
         "commit": "abc",
-        "machine": {"processor": "p", "torch": "2"},
+        "machine": {"cpu": "p"},
+        "versions": {"torch": "2"},
         "cpu_seconds": 30.0,
         "problems": [record | {"correct": c} for c in correct],
         "kl_per_step": [0.0, 0.1],

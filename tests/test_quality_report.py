@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from esamp_core.cli import app
-from esamp_core.errors import ArgumentError
+from esamp_core.base.errors import ArgumentError
+from esamp_core.cli.app import app
 from esamp_core.report import Curve, PromptSamples, RunFile, SampleText, StepSeries
-from esamp_core.report_html import page
+from esamp_core.report.html_page import page
 
 VOID = {"meta", "line", "br"}
 

@@ -38,9 +38,6 @@ def step_of(setting: Setting, logits: torch.Tensor, index: int = 0) -> Step:
     return Step(index, torch.arange(rows), torch.ones(rows, dtype=torch.bool), states, states, logits)
 
 
-# ---------------------------------------------------------------------------------------------- filters
-
-
 @pytest.mark.parametrize(
     ("mine", "theirs"),
     [
@@ -86,9 +83,6 @@ def test_sharpening_acts_on_what_the_filters_left() -> None:
     torch.testing.assert_close(sharp.softmax(-1), (1.25 * plain).softmax(-1))
 
 
-# ---------------------------------------------------------------------------------------------- the loop
-
-
 def greedy(source: Source, prompts: list[list[int]], steps: int) -> Batch:
     cold = Plain("greedy", Filter(temperature=1e-3))  # noise is at most 23, gaps a thousandfold
     return decode(source, cold, prompts, 1, request_seeds(0, 0, len(prompts)), steps)
@@ -127,9 +121,6 @@ def test_entropy_and_logprob_are_the_models(source: Source) -> None:
     torch.testing.assert_close(batch.logprob, batch.base_logprob, atol=1e-5, rtol=1e-5)  # vanilla draws from it
 
 
-# ---------------------------------------------------------------------------------------------- against the library
-
-
 @pytest.mark.parametrize("kind", ["esamp", "untrained", "choice", "vanilla", "arithmetic", "choice, arithmetic"])
 def test_samplers_draw_what_the_explorer_draws(source: Source, kind: str) -> None:
     config = (
@@ -156,9 +147,6 @@ def test_samplers_draw_what_the_explorer_draws(source: Source, kind: str) -> Non
     assert same.view(6, 8).all(1).sum() >= 5
     torch.testing.assert_close(a.logprob[:, :width][same], b.logprob[:, :width][same], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(a.novelty[:, :width][same], b.novelty[:, :width][same], atol=2e-2, rtol=2e-2)
-
-
-# ---------------------------------------------------------------------------------------------- stratified siblings
 
 
 def arithmetic_draws(source: Source, logits: torch.Tensor, n: int, seeds: int, steps: int) -> np.ndarray:
@@ -214,9 +202,6 @@ def test_a_filtered_token_is_never_drawn(source: Source) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
     tokens = arithmetic_draws(source, logits, n=4, seeds=500, steps=1)
     assert set(np.unique(tokens)) == {1, 3}
-
-
-# ---------------------------------------------------------------------------------------------- memories
 
 
 def run_of(sampler: Plain, source: Source, groups: int, n: int) -> tuple[Run, Setting]:

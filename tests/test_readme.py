@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from esamp_core import cli
+from esamp_core.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
@@ -91,7 +91,7 @@ def test_packages_to_install_exist() -> None:
 
 
 def test_commands_have_the_options_that_are_shown() -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     shown = [
         c for text in TEXT.values() for c in re.findall(r"`esamp ([a-z]+[^`]*)`|^ {4}esamp (.*)$", text, re.MULTILINE)
     ]

@@ -202,7 +202,7 @@ def test_what_the_table_names_is_in_the_kernels() -> None:
     """Compiles nothing, so that a renamed statement shows at once."""
     ways = roofline.ways()
     assert {way.name for way in ways} == set(roofline.LIMITS) and len(ways) == len(roofline.LIMITS)
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (roofline.ROOT / "kernels").glob("*.py")}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (roofline.ROOT / "kernels").rglob("*.py")}
     known = {statement.name for statement in sass.statements(sources)}
     assert {name for way in ways for name in (*way.without, *(loop for loop, _ in way.loops))} <= known
     lines = [line.strip() for text in sources.values() for line in text.splitlines()]

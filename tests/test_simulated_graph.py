@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esamp_core import decoder_cache
+from esamp_core.decoder import kv_cache
 from tests.simulated_graph import SimulatedGraph
 
 
@@ -16,12 +16,12 @@ def test_host_state_names_what_changed() -> None:
     layer = type("Layer", (), {})()
     layer.keys, layer.states, layer.count, layer.kind = torch.zeros(2), {0: torch.zeros(3)}, 1, object()
     cache = type("Cache", (), {"layers": [layer]})()
-    before = decoder_cache.host_state(cache)
+    before = kv_cache.host_state(cache)
     layer.keys += 1
-    assert decoder_cache.host_state(cache) == before  # in place
+    assert kv_cache.host_state(cache) == before  # in place
     old = layer.keys, layer.states[0]  # keeps their memory from being reused
     layer.keys, layer.states[0], layer.count = layer.keys + 1, torch.zeros(3), 2
-    after = decoder_cache.host_state(cache)
+    after = kv_cache.host_state(cache)
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {f"Layer.{name} of layer 0" for name in ("keys", "states", "count")} and len(old) == 2
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_lane import SimulatedLane
 
-from esamp_core.learner import SerialLane
+from esamp_core.explorer.streams import SerialLane
 from esamp_core.sample import CapacityError, DistillerConfig, Draw, Explorer, Head, Rows, SamplingParams
 
 HIDDEN, VOCAB = 12, 40

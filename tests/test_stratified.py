@@ -15,10 +15,10 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from esamp_core import reference
+from esamp_core.base.errors import ArgumentError
+from esamp_core.base.philox import CODE_BELOW, code_uniform
 from esamp_core.countdown import load
 from esamp_core.decoder import CacheKind, generate
-from esamp_core.errors import ArgumentError
-from esamp_core.philox import CODE_BELOW, code_uniform
 from esamp_core.sample import (
     Draw,
     Explorer,
@@ -49,9 +49,6 @@ def sibling_codes(siblings: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     return seeds, stratified_codes(seeds[:1].expand(siblings), torch.arange(siblings), torch.tensor(siblings))
 
 
-# ---------------------------------------------------------------------------------------------- codes
-
-
 def test_code_noise_against_the_specification() -> None:
     """53 bits of the first two words of the block (0, 3, position low, position high), key seed."""
     for seed, position in ((0, 0), (-1, 2**40 + 5), (2**62 + 7, -1)):
@@ -69,9 +66,6 @@ def test_one_code_lies_in_each_nth_of_the_unit_interval(siblings: int) -> None:
         assert (expected == siblings).all()
         assert sorted((codes * siblings).floor().int().tolist()) == list(range(siblings))
         assert ((codes >= 0) & (codes <= CODE_BELOW)).all()
-
-
-# ---------------------------------------------------------------------------------------------- one sample, all samples
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -212,9 +206,6 @@ def test_misuse_is_refused() -> None:
         SamplingParams(stratified=1)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------- kernels
-
-
 @settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "40")))
 @given(
     kinds=st.lists(st.sampled_from(kernel_cases.ROW_KINDS), min_size=1, max_size=4),
@@ -227,7 +218,7 @@ def test_the_kernel_draws_what_the_reference_draws(
     device: str, kinds: list[str], vocab: int, seed: int, cap: int, order: str
 ) -> None:
     pytest.importorskip("triton")
-    from esamp_core import triton_backend
+    from esamp_core.ops import triton_backend
 
     rows, generator = len(kinds), torch.Generator().manual_seed(seed)
     logits, params = kernel_cases.make_rows(kinds, vocab, seed), kernel_cases.make_params(seed, rows, vocab)
@@ -266,9 +257,6 @@ def test_the_kernel_draws_what_the_reference_draws(
     may_differ |= (left[:, 1] - 1).abs() < 1e-4  # whether the code is fresh hangs by rounding
     room = torch.maximum((low_codes - left).abs(), (high_codes - left).abs())[:, 0] + 1e-9
     assert (((got_codes - left)[:, 0].abs() <= room) | may_differ).all(), (got_codes, left)
-
-
-# ---------------------------------------------------------------------------------------------- Explorer and decoder
 
 
 def explorer(**options: int) -> Explorer:

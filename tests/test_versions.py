@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from esamp_core import versions
-from esamp_core.versions import PACKAGES, TRIED, release, tried_versions, untried
+from esamp_core.base import environment as here
+from esamp_core.base.environment import PACKAGES
+from esamp_core.base.versions import TRIED, release, tried_versions, untried
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,9 @@ def test_what_is_claimed_was_tried() -> None:
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()  # type: ignore[union-attr]
     assert pythons == {f"3.{minor}" for minor in range(int(low), int(high))}
     oldest = pins("constraints.txt", "constraints-oldest.txt")
-    for requirement in project["dependencies"]:
+    extras = project["optional-dependencies"]
+    ranges = [r for r in (*extras["transformers"], *extras["cli"]) if ">=" in r]
+    for requirement in (*project["dependencies"], *ranges):
         package, version = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()  # type: ignore[union-attr]
         seen = tried_versions(package) if package in PACKAGES else [oldest[package]]
         assert release(version) == min(map(release, seen)), requirement
@@ -67,5 +70,5 @@ def test_beyond_the_oldest_and_the_newest_is_said(installed: dict[str, str], bey
 
 
 def test_installed_reads_this_environment() -> None:
-    found = versions.installed("python", "torch", "no-such-package")
+    found = here.installed("python", "torch", "no-such-package")
     assert set(found) == {"python", "torch"} and found["python"].startswith("3.")

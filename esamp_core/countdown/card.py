@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
+from esamp_core.base.environment import installed, processor
 from esamp_core.countdown.evaluate import Evaluation, evaluate
 from esamp_core.countdown.loop import Progress
 from esamp_core.countdown.model import load_folder
@@ -108,11 +105,9 @@ def write_card(out: Path, config: dict[str, Any], progress: Progress, command: s
         minutes=progress.seconds / 60,
         cpu_minutes=progress.cpu_seconds / 60,
         threads=config["threads"],
-        cpu=_cpu_name(),
+        cpu=processor(),
         cores=os.cpu_count(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
+        **installed("python", "torch", "transformers"),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
     return measured
@@ -128,13 +123,3 @@ def _environment() -> str:
     """The one environment variable that changes the training time (and nothing else), where it is set."""
     policy = os.environ.get("OMP_WAIT_POLICY")
     return f"OMP_WAIT_POLICY={policy} " if policy else ""
-
-
-def _cpu_name() -> str:
-    """The processor's name: Linux knows a better one than the platform module."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

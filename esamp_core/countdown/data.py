@@ -77,7 +77,7 @@ def retried(problem: Problem, wrong: list[list[str]], right: list[str]) -> Seque
     last word), the rejection and the new start.
 
     Args:
-        wrong, right: attempts as words, without their verdict.
+        wrong, right: attempts as words, without their ok or no.
     """
     words: list[str] = []
     learned: list[bool] = []
@@ -115,7 +115,7 @@ def sort_attempts(problem: Problem, attempts: list[list[str]]) -> tuple[list[lis
     the operation gives. The last word is set to the true result first, which makes an honest wrong attempt of it.
 
     Args:
-        attempts: words of each attempt without its verdict, ``ATTEMPT_TOKENS - 2`` of them.
+        attempts: words of each attempt without its ok or no, ``ATTEMPT_TOKENS - 2`` of them.
     """
     right, wrong = [], []
     for words in attempts:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esamp_core.base.errors import ArgumentError
 from esamp_core.countdown.data import prompt_ids
 from esamp_core.countdown.task import EOS, MAX_NEW_TOKENS, PAD, TOKEN_ID, WORDS, Problem, check
-from esamp_core.errors import ArgumentError
-from esamp_core.taps import cache_argument
+from esamp_core.models.parts import cache_argument
 
 
 @dataclass(frozen=True)

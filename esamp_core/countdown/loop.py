@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esamp_core.base.errors import ArgumentError
 from esamp_core.countdown.data import IGNORE
 from esamp_core.countdown.task import PROMPT_TOKENS
-from esamp_core.errors import ArgumentError
 
 OnStep = Callable[[str, int, float], None]  # phase, steps done, loss
 

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from esamp_core.base.errors import ArgumentError
 from esamp_core.countdown.task import BOS, EOS, MAX_NEW_TOKENS, PAD, PROMPT_TOKENS, TOKEN_ID, WORDS
-from esamp_core.errors import ArgumentError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Text format, words separated by single spaces::
 
     prompt    4 7 8 9 -> 64 :
     attempt   9 + 7 = 16 , 4 8 16 ; 16 * 4 = 64 , 8 64 ; 64 - 8 = 56 no
-              (step, numbers still there, step, numbers still there, last step, the writer's own verdict)
+              (step, numbers still there, step, numbers still there, last step, the writer's own ok or no)
     answer    one to three attempts joined by ``:``; each but the last is meant to be a rejected one (``no``)
 
 The last attempt is the answer; earlier ones are scratch work and are not checked.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
-from esamp_core.errors import ArgumentError
+from esamp_core.base.errors import ArgumentError
 
 Pool = Literal["tune", "report"]
 SolutionKey = tuple[tuple[int, str, int], ...]
@@ -61,7 +61,7 @@ WORDS: tuple[str, ...] = (
 TOKEN_ID: dict[str, int] = {word: index for index, word in enumerate(WORDS)}
 
 PROMPT_TOKENS = 1 + COUNT + 3  # <s>, the numbers, ->, the target, :
-ATTEMPT_TOKENS = 26  # three steps, the numbers after the first two, the verdict, and : or </s>
+ATTEMPT_TOKENS = 26  # three steps, the numbers after the first two, ok or no, and : or </s>
 MAX_NEW_TOKENS = ATTEMPT_TOKENS * MAX_ATTEMPTS
 
 _NUMBERS = {str(value): value for value in range(MIN_VALUE, MAX_VALUE + 1)}
@@ -275,7 +275,7 @@ def _play(numbers: list[int], step: Step) -> bool:
 
 
 def _parse_attempt(problem: Problem, words: list[str]) -> Solution | None:
-    """The steps of a well-formed, legal attempt (its verdict included), else None."""
+    """The steps of a well-formed, legal attempt (its ok or no included), else None."""
     numbers = sorted(problem.numbers)
     steps: list[Step] = []
     at = 0

@@ -21,12 +21,12 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from esamp_core.base.errors import ArgumentError
 from esamp_core.countdown import data, loop
 from esamp_core.countdown.card import write_card
 from esamp_core.countdown.evaluate import sample_words
 from esamp_core.countdown.model import ModelShape, build_model, save
 from esamp_core.countdown.task import ATTEMPT_TOKENS
-from esamp_core.errors import ArgumentError
 
 SUPERVISED, SAMPLING, ATTEMPTS = "supervised", "sampling", "attempts"
 
@@ -147,7 +147,7 @@ def own_attempts(config: TrainConfig, model: Any, on_step: loop.OnStep) -> tuple
         config.attempt_samples,
         config.seed,
         temperature=config.attempt_temperature,
-        max_new_tokens=ATTEMPT_TOKENS - 2,  # verdict and end are not the model's yet: it has only ever seen "ok"
+        max_new_tokens=ATTEMPT_TOKENS - 2,  # ok or no, and the end, are not the model's yet: it has only ever seen "ok"
         on_batch=lambda done: on_step(SAMPLING, done, 0.0),
     )
     rng = random.Random(f"retries/{config.seed}")

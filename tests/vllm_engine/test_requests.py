@@ -12,14 +12,12 @@ from engines import PROCESSOR
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.tensors import Head
 from esamp_core.bindings.vllm_config import PluginConfig, check_engine, read_request
 from esamp_core.bindings.vllm_head import _check_head, _read_head
 from esamp_core.bindings.vllm_models import _digits, _position, check_architecture
 from esamp_core.bindings.vllm_plugin import ExploratoryProcessor
-from esamp_core.errors import ArgumentError, UnsupportedModelError
-from esamp_core.structures import Head
-
-# ---------------------------------------------------------------------------------------------------- requests
 
 
 def request(esamp: Any, **given: Any) -> SamplingParams:
@@ -66,9 +64,6 @@ def test_request_whose_logits_are_edited(given: dict[str, Any]) -> None:
 def test_request_is_refused(esamp: Any, given: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ExploratoryProcessor.validate_params(request(esamp, **given))
-
-
-# ---------------------------------------------------------------------------------------------------- engines
 
 
 def engine_config(model: str, esamp: Any = None, **given: Any) -> Any:

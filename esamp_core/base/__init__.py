@@ -1,0 +1,1 @@
+"""What every room stands on: errors, checks, configuration, the tensors that travel, and randomness."""

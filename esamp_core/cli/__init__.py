@@ -1,0 +1,17 @@
+"""The command line: ``esamp demo``, ``generate``, ``calibrate``, ``report``, ``doctor``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        from esamp_core.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"esamp: error: the command line needs {error.name}: pip install 'esamp-core[cli]'", file=sys.stderr)
+        sys.exit(2)
+    run()

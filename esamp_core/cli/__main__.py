@@ -1,0 +1,5 @@
+"""``python -m esamp_core.cli`` is ``esamp``."""
+
+from esamp_core.cli import main
+
+main()

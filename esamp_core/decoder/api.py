@@ -1,0 +1,254 @@
+"""The thin decoder: exploratory sampling with any decoder-only transformers model, unchanged.
+
+``generate(model, prompts, tokenizer, n=16, params=SamplingParams(...))`` draws n samples of every prompt; a prompt's
+samples share one Distiller.  It is also an example of an engine around :class:`~esamp_core.sample.Explorer`: one
+prefill per prompt, a batch that rows join and leave, and a host that reads tokens one step late.
+
+A step, all of it on the device::
+
+    forward ..block --shallow--> predict .. head --deep, logits--> sample, learn, stop? --> next tokens
+                                                                                   '--> copies for the host
+
+The host then handles the copies of the step *before*: stop strings, streaming, leaving rows, joining prompts.  So a row
+whose stop string was completed draws one token more, which is thrown away; nothing else depends on being late.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esamp_core.base.checks import is_int, require
+from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.seeds import seeded_params
+from esamp_core.decoder.cuda_graph import GraphMode, GraphPolicy
+from esamp_core.decoder.kv_cache import check_padding, holds_nothing
+from esamp_core.decoder.loop import CacheKind, Run
+from esamp_core.decoder.output import Output
+from esamp_core.decoder.prompts import Prompt, Prompts, read_prompts, stop_token_ids_of
+from esamp_core.decoder.results import Generation, Token
+from esamp_core.explorer import Explorer
+from esamp_core.models.parts import ModelParts, find_parts
+from esamp_core.models.taps import Tapped, Taps, check_head
+
+DEFAULT_ROWS = 128
+
+
+def generate(
+    model: nn.Module,
+    prompts: Prompts,
+    tokenizer: Any = None,
+    *,
+    attention_mask: Tensor | None = None,
+    n: int = 1,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    config: DistillerConfig | None = None,
+    max_new_tokens: int = 256,
+    stop_token_ids: Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    cache: CacheKind = "dynamic",
+    graph: GraphMode = "auto",
+    max_batch_rows: int | None = None,
+    filter_order: FilterOrder = "transformers",
+    max_candidates: int = 256,
+    shallow_layer: int = 0,
+    progress: bool = False,
+    on_token: Callable[[Token], None] | None = None,
+    on_result: Callable[[Generation], None] | None = None,
+    explorer: Explorer | None = None,
+) -> list[Generation]:
+    """Draw n samples of every prompt, in one call: a :class:`Decoder`, and its ``generate``; see these.
+
+    Returns a list of :class:`Generation`, a prompt's samples side by side.  Raises ArgumentError,
+    UnsupportedModelError.
+    """
+    decoder = Decoder(
+        model,
+        tokenizer,
+        config=config,
+        filter_order=filter_order,
+        max_candidates=max_candidates,
+        shallow_layer=shallow_layer,
+        explorer=explorer,
+    )
+    return decoder.generate(
+        prompts,
+        attention_mask=attention_mask,
+        n=n,
+        params=params,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        stop_strings=stop_strings,
+        cache=cache,
+        graph=graph,
+        max_batch_rows=max_batch_rows,
+        progress=progress,
+        on_token=on_token,
+        on_result=on_result,
+    )
+
+
+class Decoder:
+    """A model that is ready to be sampled from.
+
+    model: a decoder-only transformers model with its head, on one device, in eval mode; any attention implementation.
+    tokenizer: of transformers; needed for prompts of text, texts in results, and stop strings.
+    config: the Distillers'.  Default ``DistillerConfig()``, with ``deep_scale`` read from the model's final norm.
+    filter_order, max_candidates: see ``select_candidates``.
+    shallow_layer: the block whose output is the shallow tap; negative counts from the end.  Default 0.
+    explorer: one to use instead of making one per call; it then brings config, filter_order and max_candidates.
+
+    Raises UnsupportedModelError (encoder-decoder, several devices, offloaded, no head that can be read) and
+    ArgumentError.  Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        config: DistillerConfig | None = None,
+        filter_order: FilterOrder = "transformers",
+        max_candidates: int = 256,
+        shallow_layer: int = 0,
+        explorer: Explorer | None = None,
+    ) -> None:
+        if explorer is not None and config is not None:
+            raise ArgumentError("config must be left out when an explorer is given, which has its own")
+        self.model, self.tokenizer = model, tokenizer
+        self.parts: ModelParts = find_parts(model, shallow_layer)
+        check_padding(self.parts)
+        self.filter_order, self.max_candidates = filter_order, max_candidates
+        self.config = self.parts.complete(config)
+        self._given = explorer
+        self.explorer = explorer
+        """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
+        the prompt's group, ("prompt", prompt_index)."""
+        self._checked = False
+        self._graphs = GraphPolicy(self.parts.device)
+
+    @torch.inference_mode(False)  # a caller's: Distillers are updated in place
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: Tensor | None = None,
+        n: int = 1,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        max_new_tokens: int = 256,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        cache: CacheKind = "dynamic",
+        graph: GraphMode = "auto",
+        max_batch_rows: int | None = None,
+        progress: bool = False,
+        on_token: Callable[[Token], None] | None = None,
+        on_result: Callable[[Generation], None] | None = None,
+    ) -> list[Generation]:
+        """Draw n samples of every prompt.
+
+        prompts: texts (the tokenizer adds its special tokens; apply a chat template yourself), lists of token ids, or
+            an integer tensor [P, T], padded on either side, with its attention_mask [P, T].
+        n: samples of each prompt; they share a Distiller, and a prefill.  Default 1.
+        params: one :class:`SamplingParams`, or one per prompt.  One for all: prompt i's request seed is seed + i
+            (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
+            One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
+            alone (stratified: and on n), not on the batch it ran in.  Default ``SamplingParams()``.
+        max_new_tokens: most tokens per sample, the stop token included; also ended by the model's context.
+        stop_token_ids: default those of ``model.generation_config``; () for none.
+        stop_strings: a text ends before the first of them.
+        cache: "dynamic" (default): prompts wait in a queue and join as rows finish.  "static": constant shapes, prompts
+            run in waves, finished rows stay and are masked.
+        graph: with a static cache, capture the decode step as one CUDA graph per wave and replay it.  "auto" (default):
+            on CUDA where that is possible; where it is not, a warning says why, once per Decoder.  True: or raise.
+            False: never.
+        max_batch_rows: most rows at once, at least n.  Default 128, or n.
+        progress: show a bar.  on_token: called with every :class:`Token`, one step late.  on_result: called with each
+            :class:`Generation` as it finishes.
+
+        Returns a list of :class:`Generation`, a prompt's samples side by side.  Raises ArgumentError, and
+        UnsupportedModelError if a tap does not run or the head as read does not give the model's logits.
+        """
+        require(is_int(n) and n >= 1, "n", "be an integer >= 1", n)
+        require(is_int(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", "be >= 1", max_new_tokens)
+        require(cache in ("dynamic", "static"), "cache", 'be "dynamic" or "static"', cache)
+        require(graph in (True, False, "auto"), "graph", 'be True, False or "auto"', graph)
+        if graph is True and cache != "static":
+            raise ArgumentError(f'graph=True needs cache="static", got cache={cache!r}')
+        limit = DEFAULT_ROWS if self._given is None else min(DEFAULT_ROWS, self._given.max_rows)
+        batch_rows = max(limit, n) if max_batch_rows is None else max_batch_rows
+        require(is_int(batch_rows) and batch_rows >= n, "max_batch_rows", f"be an integer >= n={n}", batch_rows)
+        if self._given is not None and self._given.max_rows < batch_rows:
+            raise ArgumentError(
+                f"max_batch_rows must be <= the explorer's max_rows={self._given.max_rows}, got {batch_rows}"
+            )
+        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        if not all(isinstance(s, str) and s for s in strings):
+            raise ArgumentError(f"stop_strings must be texts that are not empty, got {stop_strings!r}")
+        if strings and self.tokenizer is None:
+            raise ArgumentError(f"tokenizer must be given for stop_strings, got None for {strings!r}")
+        stop_ids = stop_token_ids_of(self.parts.model, stop_token_ids)
+        parts = self.parts
+        self._graphs.ask(graph)
+        read = read_prompts(prompts, self.tokenizer, attention_mask, parts.vocab_size, parts.context)
+        per_prompt = seeded_params(params, len(read))
+        queue = deque(
+            Prompt(
+                index=i,
+                text=text,
+                token_ids=ids,
+                params=per_prompt[i],
+                budget=max_new_tokens if parts.context is None else min(max_new_tokens, parts.context - len(ids)),
+            )
+            for i, (text, ids) in enumerate(read)
+        )
+        if not queue:
+            return []
+        batch_rows = min(batch_rows, len(queue) * n)
+        explorer = self._given or Explorer(
+            parts.head,
+            parts.hidden_size,
+            self.config,
+            max_groups=min(batch_rows, len(queue)),  # a prompt with one sample left still holds its Distiller
+            max_rows=batch_rows,
+            max_candidates=self.max_candidates,
+            filter_order=self.filter_order,
+        )
+        self.explorer = explorer
+        run = Run(
+            parts,
+            explorer,
+            queue,
+            n,
+            batch_rows,
+            stop_ids,
+            self._check_first,
+            self._graphs if cache == "static" else None,
+        )
+        output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
+        # Kernels and captures go to the current device.
+        with torch.cuda.device(parts.device) if parts.device.type == "cuda" else nullcontext():
+            try:
+                with Taps(self.model, parts) as taps:
+                    run.loop(taps, output)
+            finally:
+                run.close()
+                output.close()
+        return output.results()
+
+    def _check_first(self, tapped: Tapped, cache: Any) -> None:
+        """Once per model: the forward uses what it is given, and the head that scores candidates is the model's."""
+        if self._checked:
+            return
+        name = type(self.parts.model).__name__
+        if holds_nothing(cache):
+            raise UnsupportedModelError(f"{name} was given a cache as {self.parts.cache_argument} and left it empty")
+        assert self.explorer is not None
+        self._checked = check_head(self.parts, self.explorer.head, tapped)

@@ -1,0 +1,188 @@
+"""One call of ``Decoder.generate``: the loop around the batch, and what a step is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from esamp_core.base.errors import EsampError, UnsupportedModelError
+from esamp_core.base.tensors import Draw
+from esamp_core.decoder.batch import Batch, Receipt, to_device
+from esamp_core.decoder.cuda_graph import GraphPolicy, WaveSteps
+from esamp_core.decoder.kv_cache import RowCache, static_cache
+from esamp_core.decoder.output import Output
+from esamp_core.decoder.prompts import Prompt, pad_token_id_of
+from esamp_core.decoder.results import RunningSample
+from esamp_core.explorer import Explorer
+from esamp_core.models.parts import ModelParts
+from esamp_core.models.taps import Tapped, Taps
+
+CacheKind = Literal["dynamic", "static"]
+
+
+class Run:
+    """The queue of prompts and the running batch."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        explorer: Explorer,
+        queue: deque[Prompt],
+        n: int,
+        batch_rows: int,
+        stop_ids: tuple[int, ...],
+        check_first: Callable[[Tapped, Any], None],
+        waves: GraphPolicy | None,
+    ) -> None:
+        """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one."""
+        self._parts, self._explorer, self._check_first = parts, explorer, check_first
+        self._queue, self._n, self._batch_rows = queue, n, batch_rows
+        self._waves, self._static = waves, waves is not None
+        self._steps: WaveSteps | None = None
+        self._stop_ids = to_device(stop_ids, self._parts.device)
+        self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
+        self._batch: Batch | None = None
+        if self._static and "position_ids" not in self._parts.accepts:
+            raise UnsupportedModelError(
+                f'cache="static" needs a model that takes position_ids, got {type(self._parts.model).__name__}'
+            )
+
+    def loop(self, taps: Taps, output: Output) -> None:
+        """Until every prompt is done: launch a step, handle the one before, let rows leave and prompts join."""
+        waiting: list[Receipt] = []
+        while self._queue or self._batch is not None or waiting:
+            launched = []
+            if self._batch is not None and self._batch.can_draw():
+                launched.append(self._step(taps, self._batch))
+            cut = [sample for receipt in waiting for sample in output.receive(receipt)]
+            self._leave(cut)
+            if prompts := self._next_prompts():
+                launched.append(self._start(taps, prompts))
+            waiting = launched
+
+    def close(self) -> None:
+        """After the last step, or an error in one."""
+        if self._batch is not None:
+            with contextlib.suppress(EsampError):  # would hide the error that led here
+                self._explorer.close(self._batch.rows)
+            self._batch = self._steps = None
+
+    def _leave(self, cut: list[RunningSample]) -> None:
+        """Finished rows leave; in a static batch they stay, masked, until all have finished."""
+        batch = self._batch
+        if batch is None:
+            return
+        running = [i for i, sample in enumerate(batch.samples) if sample.finish_reason is None]
+        if not running:
+            self._batch = None
+            self._explorer.close(batch.rows)  # waits: the graph may be in use until then
+            self._steps = None
+        elif self._static:
+            if cut:
+                batch.switch_off([sample.finish_reason is not None for sample in batch.samples])
+        elif len(running) < len(batch.samples):
+            batch.keep(running)
+
+    @staticmethod
+    def _group(sample: RunningSample) -> tuple[str, int] | None:
+        """One Distiller per prompt; none for samples that would not use it."""
+        return ("prompt", sample.prompt.index) if sample.prompt.params.beta != 0 else None
+
+    def _next_prompts(self) -> list[Prompt]:
+        """The prompts that can start now, all n samples of each at once."""
+        samples = [] if self._batch is None else self._batch.samples
+        if samples and self._static:
+            return []
+        rows = self._batch_rows - len(samples)
+        groups = self._explorer.max_groups - len({sample.prompt.index for sample in samples})
+        return [self._queue.popleft() for _ in range(min(rows // self._n, groups, len(self._queue)))]
+
+    def _step(self, taps: Taps, batch: Batch) -> Receipt:
+        """One token for every row."""
+        if self._steps is None:
+            draw = self._eager_step(taps, batch)
+        else:
+            draw = self._steps.run()
+        batch.length += 1
+        return Receipt(batch.samples, draw)
+
+    def _eager_step(self, taps: Taps, batch: Batch) -> Draw:
+        """All device work of a step, and nothing else: this is what a graph repeats."""
+        if not self._static:
+            batch.cache.padded = batch.padded
+        rows = batch.rows
+        tapped = taps.step(
+            batch.tokens[:, None],
+            batch.attention_mask(),
+            batch.positions[:, None],
+            batch.cache,
+            on_shallow=partial(self._explorer.predict, rows=rows) if batch.explores else None,
+        )
+        return self._draw(batch, tapped)
+
+    def _draw(self, batch: Batch, tapped: Tapped) -> Draw:
+        draw = self._explorer.sample(tapped.logits, batch.rows)
+        if batch.explores:
+            self._explorer.learn(tapped.deep, batch.rows)
+        batch.advance(draw, self._stop_ids, self._pad_id)
+        return draw
+
+    def _start(self, taps: Taps, prompts: list[Prompt]) -> Receipt:
+        """Prefill prompts once each, spread them over their samples, draw the first tokens, and join the batch."""
+        device, n = self._parts.device, self._n
+        length = max(len(p.token_ids) for p in prompts)
+        pads = [length - len(p.token_ids) for p in prompts]
+        token_ids = [i for pad, p in zip(pads, prompts, strict=True) for i in (self._pad_id,) * pad + p.token_ids]
+        positions = torch.arange(length, device=device) - to_device(pads, device)[:, None]
+        columns = length + max(p.budget for p in prompts) if self._static else None
+        config = self._parts.model.config
+        cache = RowCache.of(config) if columns is None else static_cache(config, columns)
+        tapped = taps.step(
+            to_device(token_ids, device).view(len(prompts), length),
+            (positions >= 0).long() if any(pads) else None,
+            positions.clamp(min=0),
+            cache,
+        )
+        self._check_first(tapped, cache)
+        origin = [i for i in range(len(prompts)) for _ in range(n)]
+        spread = to_device(origin, device)
+        if n > 1:
+            cache.reorder_cache(spread)
+            tapped = Tapped(*(t[spread] for t in tapped))
+        samples = [RunningSample(prompt, i) for prompt in prompts for i in range(n)]
+        rows = self._explorer.open(
+            [self._group(sample) for sample in samples],
+            [sample.prompt.params for sample in samples],
+            sample_index=[sample.index for sample in samples],
+            sets=origin,
+        )
+        try:
+            batch = Batch(
+                samples=samples,
+                rows=rows,
+                cache=cache,
+                length=length,
+                pads=[pads[i] for i in origin],
+                tokens=torch.zeros_like(spread),  # drawn below
+                positions=positions[:, -1][spread],
+                remaining=to_device([sample.prompt.budget for sample in samples], device),
+                columns=columns,
+            )
+            if batch.explores:
+                self._explorer.predict(tapped.shallow, rows)
+            receipt = Receipt(samples, self._draw(batch, tapped))
+        except BaseException:
+            self._explorer.close(rows)
+            raise
+        if self._batch is not None:
+            self._batch.join(batch)
+            return receipt
+        self._batch = batch
+        if self._waves is not None:
+            self._steps = WaveSteps(lambda: self._eager_step(taps, batch), cache, self._explorer, self._waves)
+        return receipt

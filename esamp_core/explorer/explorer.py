@@ -1,0 +1,337 @@
+"""The stateful face: rows that join and leave a running batch, and four verbs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esamp_core.base.checks import check_hashables, check_logits, check_tensor, is_int, require
+from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
+from esamp_core.base.errors import ArgumentError, StateError
+from esamp_core.base.seeds import as_int64, row_seeds, stratified_codes
+from esamp_core.base.tensors import Draw, Head, RowParams
+from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
+from esamp_core.explorer.learner import Learner
+from esamp_core.explorer.rows import Ledger, Row, Rows
+from esamp_core.explorer.streams import Lane, default_lane
+from esamp_core.ops import backend, backend_name, warm_up
+from esamp_core.ops.backends import ExploreOp
+
+
+class Explorer:
+    """Exploratory sampling for a running batch: ``open``, then ``predict``, ``sample``, ``learn`` every step.
+
+    head: the model's output head; its device is the Explorer's.
+    hidden_size: H of the shallow and deep hidden states.
+    config: the Distiller and its learning rule.
+    max_groups: Distiller slots, S.  max_rows: most rows open at once.
+    max_candidates: C, tokens scored per row, 1..1024; the others keep their own logit.
+    filter_order: "transformers" or "vllm", see ``select_candidates``.
+    on_full: "error", or "evict" the least recently used idle group, when a new group finds no slot.
+    lane: where learning runs; default a second CUDA stream, or in line on the CPU.
+    explore: what draws, in the place of the backend's ``explore``; for a head of which this process has a shard.
+
+    Not thread-safe.  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden_size: int,
+        config: DistillerConfig | None = None,
+        *,
+        max_groups: int = 256,
+        max_rows: int = 1024,
+        max_candidates: int = 256,
+        filter_order: FilterOrder = "transformers",
+        on_full: OnFull = "error",
+        lane: Lane | None = None,
+        explore: ExploreOp | None = None,
+    ) -> None:
+        require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
+        require(head.hidden_size == hidden_size, "hidden_size", f"be the head's {head.hidden_size}", hidden_size)
+        require(is_int(max_rows) and max_rows >= 1, "max_rows", "be an integer >= 1", max_rows)
+        check_options(filter_order, max_candidates)
+        self.head, self.config = head, config or DistillerConfig()
+        self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
+        self.max_groups = max_groups
+        self._device = head.weight.device
+        self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
+        self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
+        self._ledger = Ledger(self._bank, max_rows)
+        self._explore = explore
+        self._sampled = False
+        self._drawn: Tensor | None = None
+
+    def __repr__(self) -> str:
+        bank, mib = self._bank, 2.0**-20
+        return (
+            f"Explorer(hidden_size={bank.hidden_size}, rank={self.config.rank}, target={self.config.target!r}, "
+            f"{len(bank.leases)}/{bank.max_groups} groups, {self.open_rows}/{self.max_rows} rows, "
+            f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.max_groups * mib:.0f} MiB "
+            f"in all, backend={backend_name(self._device)!r} on {self._device})"
+        )
+
+    @property
+    def open_rows(self) -> int:
+        """How many rows are open, of at most ``max_rows``."""
+        return self._ledger.open_rows
+
+    def warm_up(self, dtype: torch.dtype = torch.float32) -> None:
+        """Compile the kernels for logits [R, V] of this dtype now, instead of during the first steps.
+
+        V is the head's.  Without Triton there is nothing to do.  Raises ArgumentError.
+        """
+        warm_up(self._learner.head, self.config, max_candidates=self.max_candidates, dtype=dtype)
+
+    def open(
+        self,
+        groups: Sequence[Hashable | None],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sample_index: Sequence[int] | None = None,
+        position: int | Sequence[int] = 0,
+        retain: bool = False,
+        sets: Sequence[Hashable | None] | None = None,
+    ) -> Rows:
+        """Start rows; siblings are the rows of one group.
+
+        groups: a hashable per row; None is a row without a Distiller, sampled plainly.
+        params: one :class:`SamplingParams` for all (default), or one per row.
+        sample_index: a row's ordinal among its siblings, part of its seed; default counts on within the group.
+        position: tokens drawn so far, to resume a row; one number or one per row.  Stratified rows begin at 0.
+        retain: keep the group's Distiller when its last row ends, until it is evicted.
+        sets: a hashable per row: stratified rows of one set divide their distributions among them; None is a row by
+            itself.  Default the groups.
+
+        Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
+        """
+        groups = check_hashables("groups", groups)
+        count = len(groups)
+        per_row = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
+        columns = RowParams.of(per_row, count, self._device)
+        positions = [position] * count if isinstance(position, int) else list(position)
+        for name, values in (("sample_index", sample_index), ("position", positions)):
+            if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
+                raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
+        if sets is not None:
+            sets = check_hashables("sets", sets, count)
+        if any(p.stratified and at for p, at in zip(per_row, positions, strict=True)):
+            raise ArgumentError(f"position must be 0 for stratified rows: their codes are not kept, got {position!r}")
+        self._ledger.admit(count)
+        seeds = self._request_seeds(groups, per_row)
+        rows = self._lease(groups, per_row, sample_index, seeds, retain)
+        self._ledger.open_rows += count
+        request = torch.tensor(seeds, dtype=torch.int64, device=self._device)
+        index = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=self._device)
+        grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
+        row_seed = row_seeds(request, index)
+        return Rows(
+            self._ledger,
+            rows,
+            row_seed,
+            torch.tensor(positions, dtype=torch.int64, device=self._device),
+            self._codes(rows, groups if sets is None else sets, row_seed),
+            torch.ones(count, dtype=torch.bool, device=self._device),
+            columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
+        )
+
+    @staticmethod
+    def _request_seeds(groups: list[Hashable | None], params: list[SamplingParams]) -> list[int]:
+        fresh: dict[Hashable | None, int] = {}
+        return [
+            as_int64(fresh.setdefault(g, secrets.randbits(64)) if p.seed is None else p.seed)
+            for g, p in zip(groups, params, strict=True)
+        ]
+
+    def _lease(
+        self,
+        groups: list[Hashable | None],
+        params: list[SamplingParams],
+        sample_index: Sequence[int] | None,
+        seeds: list[int],
+        retain: bool,
+    ) -> list[Row]:
+        fresh = self._bank.acquire((g for g in groups if g is not None), retain)
+        rows: list[Row] = []
+        plain_index = 0
+        for i, (group, p) in enumerate(zip(groups, params, strict=True)):
+            if group is None:
+                given = plain_index if sample_index is None else sample_index[i]
+                rows.append(Row(None, -1, given, False, p.stratified))
+                plain_index += 1
+                continue
+            lease = self._bank.leases[group]
+            if group in fresh:  # the first of its rows
+                fresh.remove(group)
+                self._learner.reset(lease.slot, seeds[i])
+            lease.rows += 1
+            given = lease.next_sample_index if sample_index is None else sample_index[i]
+            lease.next_sample_index = max(lease.next_sample_index, given + 1)
+            rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified))
+        return rows
+
+    def _codes(self, rows: list[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
+        """Codes to begin with, float64 [R, 2]; negative in rows that are not stratified."""
+        found: dict[Hashable, list[int]] = {}
+        for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
+            if row.stratified:
+                found.setdefault(i if name is None else (name,), []).append(i)
+        places = torch.tensor(
+            [(i, members[0], at, len(members)) for members in found.values() for at, i in enumerate(members)],
+            dtype=torch.int64,
+            device=self._device,
+        ).view(-1, 4)
+        row, first, ordinal, siblings = places.T
+        codes = torch.full((len(rows), 2), -1.0, dtype=torch.float64, device=self._device)
+        return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))
+
+    def close(self, rows: Rows) -> None:
+        """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
+
+        Enqueues what was staged and waits for the learning in flight; also right after an exception in a step.
+        """
+        self._ledger.retire(rows)
+        self._learner.synchronize()
+        self._bank.stats()  # warns of groups that did not learn
+        self._ledger.release(rows.entries)
+
+    def predict(self, shallow: Tensor, rows: Rows) -> None:
+        """Predict the deep hidden states, on the second stream; returns at once.
+
+        shallow: [R, H] float, the residual stream after an early block at the position being decoded.  It is copied,
+        so the engine may overwrite it.  Raises ArgumentError, StateError (the step before was not learned).
+        """
+        self._ledger.check(rows)
+        check_tensor("shallow", shallow, (len(rows), self._bank.hidden_size), self._device)
+        if self._ledger.step is not None and self._learner.learns:
+            raise StateError(
+                "predict was called again before learn; every predicted step must be learned (lr=0 freezes)"
+            )
+        self._ledger.step, self._sampled, self._drawn = rows, False, None
+        if rows.grouped:
+            self._learner.predict(shallow.detach(), rows.row_groups, rows.active)
+        else:
+            self._learner.flush()
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Draw:
+        """Draw one token per row and advance the rows' positions.
+
+        logits: [R, V] as they are to be sampled, before temperature and filters.  model_logits: [R, V] the model's own
+        where ``logits`` were edited (penalties, bans, grammars); novelty uses these, so that no edit is amplified.
+        Returns :class:`Draw`.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        """
+        self._ledger.check(rows)
+        check_logits(logits, rows=len(rows), device=self._device)
+        rows.check_tensors()
+        predicted = self._ledger.step is rows
+        if predicted and self._sampled:
+            raise StateError("sample was called twice in a step; call learn and predict first")
+        if rows.explores and not predicted:
+            raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
+        if model_logits is not None:
+            check_logits(model_logits, "model_logits", logits)
+        use = predicted and rows.explores and self._learner.scored
+        if use and self._explore is None:
+            self._learner.head.check_covers(logits.shape[1])
+        explore = self._explore or backend(self._device).explore
+        draw = explore(
+            logits,
+            rows.params,
+            rows.seeds,
+            rows.positions,
+            codes=rows.codes if rows.stratified else None,
+            direction=self._learner.prediction() if use else None,
+            head=self._learner.head if use else None,
+            model_logits=model_logits,
+            model_weight=0.0 if self.config.target == "choice" else 1.0,
+            filter_order=self.filter_order,
+            max_candidates=self.max_candidates,
+            active=rows.active,
+        )
+        rows.positions += (draw.token_ids >= 0).long()
+        self._sampled, self._drawn = predicted, draw.token_ids
+        return draw
+
+    def learn(self, deep: Tensor | None, rows: Rows) -> None:
+        """Stage this step's lesson; the next ``predict`` enqueues it.
+
+        deep: [R, H] float, the input of lm_head at the same position; copied.  With target "choice" the drawn tokens
+        teach instead, and deep may be None.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        """
+        self._ledger.check(rows)
+        if self._ledger.step is not rows:
+            raise StateError("learn needs predict for these very rows first, in the same step")
+        target = deep
+        if self.config.target == "choice":
+            if self._drawn is None:
+                raise StateError('learn with target="choice" needs sample first: the drawn tokens teach')
+            target = self._drawn
+        else:
+            check_tensor("deep", deep, (len(rows), self._bank.hidden_size), self._device)
+        assert target is not None
+        self._ledger.step = None
+        if self._learner.learns and rows.grouped:
+            self._learner.stage(target.detach())
+
+    def flush(self) -> None:
+        """Enqueue what ``learn`` has staged now, instead of at the next ``predict``.
+
+        For engines that only call ``predict`` when the forward is over: learning then runs beside the next forward.
+        The result is the same, bit for bit.  Returns at once.
+        """
+        self._learner.flush()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """For verbs that are captured and not run: afterwards nothing was predicted, drawn or staged by them."""
+        before = self._ledger.step, self._sampled, self._drawn
+        try:
+            with self._learner.recording():
+                yield
+        finally:
+            self._ledger.step, self._sampled, self._drawn = before
+
+    @property
+    def step_state(self) -> tuple[object, ...]:
+        """What the host knows and a step depends on: a captured step may be replayed while it is what it was then."""
+        return self._ledger.step is None, *self._learner.host_state
+
+    def stats(self) -> dict[Hashable, GroupStats]:
+        """What each group has learned.  Waits for the device."""
+        self._learner.synchronize()
+        return self._bank.stats()
+
+    def updates(self) -> int:
+        """SGD steps that were made in all slots, each since it was last leased.  Waits for the device."""
+        self._learner.synchronize()
+        return int(self._bank.state.updates.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Distillers of all groups; with the same rows opened again, a run continues bit for bit."""
+        self._learner.synchronize()
+        return self._bank.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take saved groups over, idle and retained.  Raises StateError if groups are open, ArgumentError."""
+        self._learner.synchronize()
+        self._bank.load_state_dict(state)
+        self._learner.scale_loaded()
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`state_dict` as a safetensors file.  Groups must be strings or integers."""
+        self._learner.synchronize()
+        self._bank.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what :meth:`save` wrote.  Raises as :meth:`load_state_dict`."""
+        self._learner.synchronize()
+        self._bank.load(path)
+        self._learner.scale_loaded()

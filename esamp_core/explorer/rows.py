@@ -1,0 +1,173 @@
+"""The open sequences of a running batch, in its order, and the ledger that they are entered in."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esamp_core.base.checks import check_tensor, is_int, require
+from esamp_core.base.errors import ArgumentError, CapacityError, StateError
+from esamp_core.base.tensors import RowParams
+from esamp_core.explorer.bank import DistillerBank
+from esamp_core.reference import group_rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the host knows of one running sequence."""
+
+    group: Hashable | None
+    slot: int
+    sample_index: int
+    explores: bool
+    stratified: bool
+
+
+class Ledger:
+    """An Explorer's open rows, at most ``max_rows``, and which :class:`Rows` stand for them now."""
+
+    def __init__(self, bank: DistillerBank, max_rows: int) -> None:
+        self.bank, self.max_rows = bank, max_rows
+        self.open_rows = 0
+        self.step: Rows | None = None  # whose predict has run, and not yet their learn
+
+    def admit(self, count: int) -> None:
+        """Raises CapacityError if so many more do not fit."""
+        if self.open_rows + count > self.max_rows:
+            raise CapacityError(f"{count} more rows do not fit: {self.open_rows} of max_rows={self.max_rows} are open")
+
+    def check(self, rows: Rows) -> None:
+        """Raises ArgumentError for another Explorer's rows, StateError for outdated ones."""
+        ours = isinstance(rows, Rows) and rows.ledger is self
+        require(ours, "rows", "come from this Explorer's open", rows)
+        if not rows.current:
+            raise StateError(f"{rows!r} was closed, or replaced by keep or +; use the newest Rows")
+
+    def retire(self, rows: Rows) -> None:
+        """Other Rows are about to stand for these, or none."""
+        self.check(rows)
+        rows.current = False
+        if self.step is rows:
+            self.step = None
+
+    def release(self, entries: Iterable[Row]) -> None:
+        """These rows have ended."""
+        for row in entries:
+            if row.group is not None:
+                self.bank.release_row(row.group)
+            self.open_rows -= 1
+
+
+class Rows:
+    """The open sequences of a batch, in its order.  Immutable but for ``active``, ``positions`` and ``codes``.
+
+    Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        entries: list[Row],
+        seeds: Tensor,
+        positions: Tensor,
+        codes: Tensor,
+        active: Tensor,
+        params: RowParams,
+    ) -> None:
+        self.ledger, self.entries = ledger, entries
+        self.current = True
+        """False once they are closed, or replaced by others."""
+        self.seeds = seeds
+        """int64 [R], row seeds."""
+        self.positions = positions
+        """int64 [R], tokens drawn so far; advanced by ``sample``."""
+        self.codes = codes
+        """float64 [R, 2], codes of stratified rows (see ``draw``); negative in other rows."""
+        self.active = active
+        """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
+        self.params = params
+        slots = torch.tensor([r.slot for r in entries], dtype=torch.int64, device=seeds.device)
+        rank = torch.tensor([r.sample_index for r in entries], dtype=torch.int64, device=seeds.device)
+        self.row_groups = group_rows(slots, ledger.bank.max_groups, rank)
+        self.explores = any(r.explores for r in entries)
+        self.stratified = any(r.stratified for r in entries)
+        self.grouped = any(r.slot >= 0 for r in entries)
+
+    def check_tensors(self) -> None:
+        """Raises ArgumentError if one of those that others may write is not what it was."""
+        rows, device = len(self), self.seeds.device
+        check_tensor("active", self.active, (rows,), device, "bool")
+        check_tensor("positions", self.positions, (rows,), device, "int")
+        check_tensor("codes", self.codes, (rows, 2), device)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        state = "" if self.current else ", outdated"
+        return f"Rows({len(self)} rows of {len({r.group for r in self.entries} - {None})} groups{state})"
+
+    @property
+    def groups(self) -> list[Hashable | None]:
+        """Each row's group, as given to ``open``."""
+        return [r.group for r in self.entries]
+
+    @property
+    def sample_index(self) -> list[int]:
+        """Each row's ordinal among its siblings."""
+        return [r.sample_index for r in self.entries]
+
+    def keep(self, which: Sequence[bool] | Sequence[int] | Tensor) -> Rows:
+        """Only these rows, in this order; the others are closed.
+
+        which: R host booleans, or distinct row numbers in any order (a list or a CPU tensor; reading a GPU tensor
+        would stall the batch and is refused).  Call it between ``learn`` and the next ``predict``.
+        """
+        indices = _host_indices(which, len(self))
+        self.ledger.retire(self)
+        kept = set(indices)
+        self.ledger.release([r for i, r in enumerate(self.entries) if i not in kept])
+        index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
+        return Rows(
+            self.ledger,
+            [self.entries[i] for i in indices],
+            self.seeds[index],
+            self.positions[index],
+            self.codes[index],
+            self.active[index],
+            self.params.take(index),
+        )
+
+    def __add__(self, other: Rows) -> Rows:
+        """These rows, then those."""
+        if not isinstance(other, Rows):
+            return NotImplemented
+        if self is other or self.ledger is not other.ledger:
+            raise ArgumentError("rows + rows must be two different Rows of one Explorer")
+        self.ledger.retire(self)
+        self.ledger.retire(other)
+        return Rows(
+            self.ledger,
+            self.entries + other.entries,
+            torch.cat([self.seeds, other.seeds]),
+            torch.cat([self.positions, other.positions]),
+            torch.cat([self.codes, other.codes]),
+            torch.cat([self.active, other.active]),
+            RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
+        )
+
+
+def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> list[int]:
+    if isinstance(which, Tensor) and which.device.type != "cpu":
+        raise ArgumentError(f"which must be on the host, got a tensor on {which.device}")
+    values = which.tolist() if hasattr(which, "tolist") else list(which)
+    if values and all(isinstance(v, bool) for v in values):
+        if len(values) != rows:
+            raise ArgumentError(f"which must have one boolean per row ({rows}), got {len(values)}")
+        return [i for i, v in enumerate(values) if v]
+    if not all(is_int(v) and 0 <= v < rows for v in values) or len(set(values)) != len(values):
+        raise ArgumentError(f"which must be booleans or distinct row numbers below {rows}, got {values!r}")
+    return values

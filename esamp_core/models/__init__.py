@@ -1,0 +1,1 @@
+"""Models, as transformers has them: their parts, and where their hidden states are tapped."""

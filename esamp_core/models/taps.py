@@ -1,0 +1,215 @@
+"""Where a model is tapped: an early block's output, and the input of its output head.  All hooks are set here.
+
+What is tapped is checked on the first forward, so that a tap that never runs or a head that is read wrongly raises
+instead of silently steering by noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esamp_core.base.errors import UnsupportedModelError
+from esamp_core.base.tensors import Head
+from esamp_core.models.parts import HEAD_TOLERANCE, ModelParts
+from esamp_core.reference import transform_scores
+
+
+class Tapped(NamedTuple):
+    """One forward at the last position of every row."""
+
+    shallow: Tensor  # [B, H], the block's output
+    deep: Tensor  # [B, H], the input of the head
+    logits: Tensor  # [B, V]
+
+
+class Taps:
+    """The two hooks, installed while the context is entered and removed when it is left, whatever happens.
+
+    A compiled model's code is split at on_shallow, which is Python, so fullgraph=True is refused there.
+    """
+
+    def __init__(self, model: nn.Module, parts: ModelParts) -> None:
+        self._model, self._parts = model, parts
+        self._handles: list[RemovableHandle] = []
+        self._shallow: list[Tensor] = []
+        self._deep: list[Tensor] = []
+        self._on_shallow: Callable[[Tensor], None] | None = None
+        self._listener: Callable[[Tensor], None] | None = None
+        self._places: int | slice = -1  # which positions are tapped: the last
+        self._outside = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
+
+    def _tell(self, shallow: Tensor) -> None:
+        assert self._listener is not None
+        self._listener(shallow)
+
+    def __enter__(self) -> Taps:
+        self._handles = [
+            self._parts.block.register_forward_hook(self._tap_shallow),
+            self._parts.head_module.register_forward_pre_hook(self._tap_deep),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _tap_shallow(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._shallow.append(hidden[:, self._places])
+        # A block that runs twice in a forward is reported after it; predicting twice would hide the cause.
+        if self._on_shallow is not None and len(self._shallow) == 1:
+            self._on_shallow(self._shallow[0])
+
+    def _tap_deep(self, module: nn.Module, inputs: Any) -> None:
+        self._deep.append(inputs[0][:, self._places])
+
+    def forward(self, on_shallow: Callable[[Tensor], None] | None = None, **inputs: Any) -> Tapped:
+        """Run the model and return what was tapped at the last position.
+
+        on_shallow: called with the shallow state [B, H] as soon as the block has run, beside the rest of the forward.
+        inputs: the model's own arguments.  Raises UnsupportedModelError if a tap did not run exactly once.
+        """
+        return self._run(inputs, on_shallow)
+
+    def step(
+        self,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Any,
+        on_shallow: Callable[[Tensor], None] | None = None,
+    ) -> Tapped:
+        """:meth:`forward` with a cache; the arguments are those of ``ModelParts.inputs``."""
+        return self._run(self._parts.inputs(token_ids, mask, positions, cache), on_shallow)
+
+    def states(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Shallow and deep states [B, T, H] of a forward without a cache.  token_ids, mask: int64 [B, T]."""
+        self._places = slice(None)
+        try:
+            shallow, deep, _ = self._run({"input_ids": token_ids, "attention_mask": mask, "use_cache": False}, None)
+        finally:
+            self._places = -1
+        return shallow, deep
+
+    def _run(self, inputs: dict[str, Any], on_shallow: Callable[[Tensor], None] | None) -> Tapped:
+        self._shallow, self._deep, self._listener = [], [], on_shallow
+        self._on_shallow = None if on_shallow is None else self._outside
+        try:
+            logits = self._model(**inputs).logits[:, -1]
+        except Exception as error:
+            if type(error).__module__ == "torch._dynamo.exc" and "disable" in str(error):
+                raise UnsupportedModelError(
+                    f"{type(self._parts.model).__name__} is compiled with fullgraph=True, but the Distillers are "
+                    "called in the middle of its forward: compile it without, or pass the uncompiled model"
+                ) from error
+            raise
+        finally:
+            self._on_shallow = self._listener = None
+        for name, tapped in (("block", self._shallow), ("head", self._deep)):
+            if len(tapped) != 1:
+                module = self._parts.block if name == "block" else self._parts.head_module
+                raise UnsupportedModelError(
+                    f"the tap on {type(self._parts.model).__name__}'s {name} ({type(module).__name__}) ran "
+                    f"{len(tapped)} times in a forward instead of once; code that was compiled or captured before the "
+                    "taps were installed ignores them: call torch._dynamo.reset(), or pass the uncompiled model"
+                )
+        # Views into the whole forward's states: not kept longer than the caller needs them.
+        return Tapped(self._shallow.pop(), self._deep.pop(), logits)
+
+
+class PassiveTaps(Taps):
+    """The taps of a model whose forward others call.  What is kept is that of the latest forward.
+
+    Everything here may be traced by torch.compile, so it is assignments and lists, and nothing that grows.
+    """
+
+    def __init__(self, parts: ModelParts, on_shallow: Callable[[Tensor], None]) -> None:
+        super().__init__(parts.model, parts)
+        self._on_shallow = on_shallow
+        self._logits: list[Tensor] = []
+        self._skipped = False
+        self.ran = False
+        self.float_inputs: list[str] = []
+        """Names of the tensor inputs of the latest forward, seen uncompiled, that are numbers and not tokens."""
+
+    def __enter__(self) -> PassiveTaps:
+        super().__enter__()
+        self._shallow, self._deep, self._logits = [], [], []
+        self._skipped = self.ran = False
+        model = self._parts.base_model
+        self._handles += [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._tap_logits),
+        ]
+        return self
+
+    def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        self.ran = True
+        self._skipped = self._skipped or len(self._logits) > 0
+        self._shallow, self._deep, self._logits = [], [], []
+        if not torch.compiler.is_compiling():
+            tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and n != "attention_mask"}
+            self.float_inputs = [name for name, value in tensors.items() if value.is_floating_point()]
+
+    def _tap_logits(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._logits.append((output.logits if hasattr(output, "logits") else output[0])[:, -1])
+
+    def take(self) -> tuple[Tapped, bool]:
+        """What the latest forward tapped, and whether forwards before it were not drawn from.
+
+        Raises UnsupportedModelError if a tap did not run exactly once in it.
+        """
+        skipped, self._skipped = self._skipped, False
+        name = type(self._parts.model).__name__
+        for what, tapped in (("block", self._shallow), ("head", self._deep), ("model", self._logits)):
+            if len(tapped) != 1:
+                raise UnsupportedModelError(
+                    f"the tap on {name}'s {what} ran {len(tapped)} times in a forward instead of once; a model "
+                    "that was compiled before its taps were installed ignores them: call torch.compiler.reset() after "
+                    "entering explore(...), or compile there"
+                )
+        return Tapped(self._shallow.pop(), self._deep.pop(), self._logits.pop()), skipped
+
+
+@torch.no_grad()
+def check_head(parts: ModelParts, head: Head, tapped: Tapped) -> bool:
+    """Whether the head, applied to the tapped deep state, gives the model's logits; raises if it does not.
+
+    Returns False where no row has finite numbers to judge by.  Waits for the device.  Raises UnsupportedModelError.
+    """
+    name, rows = type(parts.model).__name__, slice(0, 2)
+    deep, logits = tapped.deep[rows], tapped.logits[rows].float()
+    if deep.shape[1] != head.hidden_size or logits.shape[1] > head.vocab_size:
+        raise UnsupportedModelError(
+            f"{name}: the head is {list(head.weight.shape)}, but its input has {deep.shape[1]} features and the model "
+            f"gives {logits.shape[1]} logits"
+        )
+    dots = nn.functional.linear(deep.to(head.weight.dtype), head.weight, head.bias)[:, : logits.shape[1]].float()
+    expected = transform_scores(dots, head)
+    finite = torch.isfinite(logits).all(-1) & torch.isfinite(expected).all(-1)
+    if not bool(finite.any()):
+        return False
+    logits, expected = logits[finite], expected[finite]
+    largest = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    tolerance = max(HEAD_TOLERANCE[head.weight.dtype], HEAD_TOLERANCE.get(tapped.logits.dtype, 0.0))
+    error = float((logits - expected).abs().max() / largest)
+    if error > tolerance:
+        ratio = float((logits * expected).sum() / expected.square().sum().clamp_min(1e-30))
+        scaled = float((logits - ratio * expected).abs().max() / largest) <= tolerance
+        hint = (
+            f"they are {ratio:.4g} times it (scale)" if scaled else f"they differ by up to {error:.2g} of the largest"
+        )
+        raise UnsupportedModelError(
+            f"{name}: the output head as read (scale {head.scale:.4g}, softcap {head.softcap}, "
+            f"{'a' if head.bias is not None else 'no'} bias) does not give the model's logits from its input: {hint}"
+        )
+    return True

@@ -1,0 +1,34 @@
+"""The functional ops: arguments checked, then sent to a backend.
+
+``ESAMP_BACKEND=auto|triton|torch`` is the one switch.  auto (default) takes Triton for CUDA tensors where it is
+installed and PyTorch elsewhere.  Every op has a plain-PyTorch twin of the same name in ``esamp_core.reference``.
+"""
+
+from esamp_core.ops.backends import backend, backend_name
+from esamp_core.ops.distiller import distiller_forward, distiller_scratch, distiller_step_, group_rows, warm_up
+from esamp_core.ops.sampling import (
+    draw,
+    explore,
+    replay,
+    reweight,
+    score_candidates,
+    select_candidates,
+    transform_scores,
+)
+
+__all__ = [
+    "backend",
+    "backend_name",
+    "distiller_forward",
+    "distiller_scratch",
+    "distiller_step_",
+    "draw",
+    "explore",
+    "group_rows",
+    "replay",
+    "reweight",
+    "score_candidates",
+    "select_candidates",
+    "transform_scores",
+    "warm_up",
+]

@@ -1,0 +1,20 @@
+"""The ops on Triton kernels: same names and signatures as in ``esamp_core.reference``.
+
+On CPU tensors the kernels run only in Triton's interpreter, which must be switched on (TRITON_INTERPRET=1) before
+anything imports them.
+"""
+
+from esamp_core.ops.triton_distiller import distiller_forward, distiller_scratch, distiller_step_
+from esamp_core.ops.triton_sampling import draw, explore, reweight, score_candidates, select_candidates, warm_up
+
+__all__ = [
+    "distiller_forward",
+    "distiller_scratch",
+    "distiller_step_",
+    "draw",
+    "explore",
+    "reweight",
+    "score_candidates",
+    "select_candidates",
+    "warm_up",
+]

@@ -1,0 +1,35 @@
+"""The ops in plain PyTorch: the truth in tests, and the backend where there is no GPU.
+
+Same names and signatures as in ``esamp_core.sample``, which documents them and checks arguments.
+"""
+
+from esamp_core.reference.candidates import (
+    clean_logits,
+    filter_temperature,
+    invalid_params,
+    kept_mask,
+    scale_logits,
+    select_candidates,
+)
+from esamp_core.reference.distiller import distiller_forward, distiller_scratch, distiller_step_, group_rows, warm_up
+from esamp_core.reference.sampling import draw, explore, replay, reweight, score_candidates, transform_scores
+
+__all__ = [
+    "clean_logits",
+    "distiller_forward",
+    "distiller_scratch",
+    "distiller_step_",
+    "draw",
+    "explore",
+    "filter_temperature",
+    "group_rows",
+    "invalid_params",
+    "kept_mask",
+    "replay",
+    "reweight",
+    "scale_logits",
+    "score_candidates",
+    "select_candidates",
+    "transform_scores",
+    "warm_up",
+]
