@@ -4,7 +4,8 @@ bench/compile_only.py says how.  Rows are 16-aligned.  Fails on
 
 - any register spill,
 - more shared memory than a program of the target may have,
-- on NVIDIA, a load of logits narrower than 16 bytes per thread (all tiles are read by one line of kernels/row.py),
+- on NVIDIA, a load of logits narrower than 16 bytes per thread (all tiles are read by one line of
+  kernels/sampling/row.py),
 - a product of the Distiller's matrices that is not on tensor cores, or not in the precision it asks for,
 - a kernel of the Distiller that a step compiles though warm_up has run.
 

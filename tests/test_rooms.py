@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -83,6 +84,19 @@ def test_rooms_stand_on_what_the_plan_says() -> None:
 
 def test_the_house_is_low() -> None:
     assert max(floors(STANDS_ON).values()) <= MOST_FLOORS
+
+
+def test_the_readme_draws_the_same_house() -> None:
+    """Its table of rooms: their floors, and what each stands on beside the ground floor."""
+    rows = re.findall(r"^\| (\d) \| `([\w.]+)/?` \| .* \|([^|]*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    names = {"__init__.py": "esamp_core", "sample.py": "sample"}
+    drawn = {names.get(room, room): (int(floor), set(re.findall(r"[\w.]+", below))) for floor, room, below in rows}
+    want = {
+        room: (floors(STANDS_ON)[room], below - {"base"})
+        for room, below in STANDS_ON.items()
+        if room not in ("kernels", "bindings")
+    }
+    assert {room: (floor, {names.get(b, b) for b in below}) for room, (floor, below) in drawn.items()} == want
 
 
 def test_no_circle_of_files() -> None:

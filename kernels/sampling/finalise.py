@@ -148,7 +148,7 @@ def finalise_triton(
     """Candidates of logits [R, V], given what select_triton left; sorts its survivors in place.
 
     Returns token_ids int64 [R, width], logits float32 [R, width], count int64 [R], threshold float32 [R],
-    tie_id int64 [R], status int32 [R] as `structures.Candidates` describes them, and beyond int32 [R]: rows of which
+    tie_id int64 [R], status int32 [R] as `sample.Candidates` describes them, and beyond int32 [R]: rows of which
     nothing is written yet.
     """
     rows, _ = logits.shape
