@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from visits import Visits
 
 from esamp_core import sample
 from esamp_core.sample import (
@@ -229,6 +230,14 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
         ],
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OK)
+def test_an_argument_is_checked_once(op: str) -> None:
+    with Visits() as visits:
+        getattr(sample, op)(**OK[op])
+    names = [name for name, _ in visits.checked]
+    assert names and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("op", OK)

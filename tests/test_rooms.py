@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
-from collections import Counter
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 from floor_plan import ROOT, File, files, imports_of, is_under
+from visits import Visits
 
 from esamp_core import SamplingParams, countdown
 from esamp_core.decoder import Decoder, loop
@@ -138,6 +135,12 @@ def secrets_used(source: str) -> list[str]:
     return found
 
 
+def test_all_hooks_are_set_in_one_place() -> None:
+    """A model is tapped by ``models.taps`` alone."""
+    hooking = {file.module for file in files() if file.room != "tests" and "register_forward" in file.source}
+    assert hooking == {"esamp_core.models.taps"}
+
+
 def test_no_room_reaches_into_another() -> None:
     looked_at = [*LIBRARY, *(file for file in files() if file.room == "bench")]
     assert not {file.module: found for file in looked_at if (found := secrets_used(file.source))}
@@ -153,45 +156,6 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert arrows(files(tmp_path)) == {"base": {"explorer"}}
     with pytest.raises(ValueError, match="cycle"):
         floors({"a": {"b"}, "b": {"a"}})
-
-
-class Visits:
-    """What happens in one decode step: which room calls which, and which tensors are checked."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[tuple[str, str, str]] = Counter()  # caller's room, callee's, function
-        self.checked: list[tuple[str, int]] = []  # what a tensor was called, and which it is
-        self._frames: list[tuple[FrameType, str]] = []
-        self._rooms: dict[str, str | None] = {}
-
-    def __enter__(self) -> Visits:
-        sys.setprofile(self._profile)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def _room(self, path: str) -> str | None:
-        if path not in self._rooms:
-            inside = Path(path).resolve()
-            known = inside.is_relative_to(ROOT / "esamp_core")
-            self._rooms[path] = inside.relative_to(ROOT / "esamp_core").parts[0] if known else None
-        return self._rooms[path]
-
-    def _profile(self, frame: FrameType, event: str, _: Any) -> None:
-        if event == "return" and self._frames and self._frames[-1][0] is frame:
-            self._frames.pop()
-        if event != "call" or (room := self._room(frame.f_code.co_filename)) is None:
-            return
-        name = frame.f_code.co_name
-        if name == "check_tensor" and isinstance(frame.f_locals["value"], torch.Tensor):
-            self.checked.append((frame.f_locals["name"], id(frame.f_locals["value"])))
-        # All rooms stand on the ground floor: calls down to it are no visit, nor is what a model asks its cache.
-        asked = frame.f_back is not None and frame.f_back.f_globals["__name__"].startswith("transformers.")
-        if self._frames and room not in (self._frames[-1][1], "base") and not asked:
-            self.calls[self._frames[-1][1], room, name] += 1
-        if room != "base":
-            self._frames.append((frame, room))
 
 
 def test_one_decode_step_visits_each_room_once(monkeypatch: pytest.MonkeyPatch) -> None:

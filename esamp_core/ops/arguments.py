@@ -63,11 +63,11 @@ def check_candidates(candidates: Candidates) -> tuple[int, int, torch.device]:
     return rows, width, device
 
 
-def check_head(head: Head, direction: Tensor, device: torch.device) -> None:
+def check_head(head: Head, direction: Tensor, rows: int, device: torch.device) -> None:
     require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
     if head.weight.device != device:
         raise ArgumentError(f"head.weight must be on {device}, got {describe(head.weight)}")
-    check_tensor("direction", direction, (None, head.hidden_size), device)
+    check_tensor("direction", direction, (rows, head.hidden_size), device)
 
 
 def check_weights(weights: DistillerWeights, name: str = "weights") -> tuple[int, int]:
@@ -76,8 +76,8 @@ def check_weights(weights: DistillerWeights, name: str = "weights") -> tuple[int
     check_tensor(f"{name}.up", weights.up, (None, None, None), None)
     (slots, hidden, rank), device = weights.up.shape, weights.up.device
     wide, narrow = (slots, hidden, rank), (slots, rank, hidden)
-    shapes = (wide, wide, narrow, (slots, rank), (slots, hidden), (slots, hidden))
-    for field, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
+    shapes = (wide, narrow, (slots, rank), (slots, hidden), (slots, hidden))
+    for field, tensor, shape in zip(weights._fields[1:], weights[1:], shapes, strict=True):
         check_tensor(f"{name}.{field}", tensor, shape, device)
     return slots, hidden
 
@@ -89,14 +89,16 @@ def check_groups(groups: RowGroups, rows: int, slots: int, device: torch.device)
         check_tensor(f"groups.{name}", tensor, (length,), device, "int")
 
 
-def check_activations(name: str, activations: Activations, hidden: int, rank: int, device: torch.device) -> int:
-    """Returns the number of rows."""
+def check_activations(
+    name: str, activations: Activations, rows: int | None, hidden: int, rank: int, device: torch.device
+) -> int:
+    """rows: None is any number.  Returns the number of rows."""
     require(isinstance(activations, Activations), name, "be Activations", type(activations).__name__)
-    check_tensor(f"{name}.x", activations.x, (None, hidden), device)
+    check_tensor(f"{name}.x", activations.x, (rows, hidden), device)
     rows = activations.x.shape[0]
     wide, narrow, column = (rows, hidden), (rows, rank), (rows,)
-    shapes = (wide, narrow, narrow, wide, column, column, wide)
-    for field, tensor, shape in zip(activations._fields, activations, shapes, strict=True):
+    shapes = (narrow, narrow, wide, column, column, wide)
+    for field, tensor, shape in zip(activations._fields[1:], activations[1:], shapes, strict=True):
         check_tensor(f"{name}.{field}", tensor, shape, device)
     return rows
 
@@ -105,8 +107,8 @@ def check_out(out: Activations | None, shallow: Tensor, rank: int) -> None:
     """Memory for the activations of shallow."""
     if out is None:
         return
-    check_activations("out", out, shallow.shape[1], rank, shallow.device)
-    check_tensor("out.x", out.x, tuple(shallow.shape), shallow.device)
+    rows, hidden = shallow.shape
+    check_activations("out", out, rows, hidden, rank, shallow.device)
     dtype = torch.float64 if shallow.dtype == torch.float64 else torch.float32
     for field, tensor in zip(out._fields, out, strict=True):
         fits = tensor.dtype == dtype and tensor.is_contiguous()

@@ -110,7 +110,7 @@ def distiller_step_(
     require(isinstance(state, DistillerState), "state", "be a DistillerState", type(state).__name__)
     slots, hidden = check_weights(state.weights, "state.weights")
     device = state.weights.up.device
-    rows = check_activations("activations", activations, hidden, state.weights.up.shape[2], device)
+    rows = check_activations("activations", activations, None, hidden, state.weights.up.shape[2], device)
     check_target(target, head, rows, hidden, device)
     check_tensor("scale", scale, (), device)
     check_groups(groups, rows, slots, device)

@@ -64,8 +64,7 @@ def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transf
     Returns float32 [R, C], logit units.  Raises ArgumentError.
     """
     check_tensor("token_ids", token_ids, (None, None), None, "int")
-    check_head(head, direction, token_ids.device)
-    check_tensor("direction", direction, (token_ids.shape[0], head.hidden_size), token_ids.device)
+    check_head(head, direction, token_ids.shape[0], token_ids.device)
     return backend(token_ids.device).score_candidates(direction, head, token_ids, transform=transform)
 
 
@@ -187,8 +186,7 @@ def explore(
     if (direction is None) != (head is None):
         raise ArgumentError("direction and head must be given together, got only one of them")
     if direction is not None and head is not None:
-        check_head(head, direction, logits.device)
-        check_tensor("direction", direction, (rows, head.hidden_size), logits.device)
+        check_head(head, direction, rows, logits.device)
         head.check_covers(vocab_size)
     return backend(logits.device).explore(
         logits,
