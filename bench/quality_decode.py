@@ -129,7 +129,7 @@ def decode(
     drawn = _Log(groups * n, max_new_tokens)
     with Taps(source.model, source.parts) as taps:
         cache = DynamicCache(config=source.model.config)
-        tapped = taps.forward(**source.parts.inputs(ids, *_columns(pads, length, length), cache))
+        tapped = taps.step(ids, *_columns(pads, length, length), cache)
         spread = torch.arange(groups).repeat_interleave(n)
         _spread_cache(cache, spread, length + max_new_tokens)
         shallow, deep, logits = (t[spread] for t in tapped)
@@ -149,9 +149,7 @@ def decode(
                 cache.batch_select_indices(keep)
                 run.keep(keep)
             at = length + index
-            shallow, deep, logits = taps.forward(
-                **source.parts.inputs(token[:, None], *_columns(pads, at + 1, 1), cache)
-            )
+            shallow, deep, logits = taps.step(token[:, None], *_columns(pads, at + 1, 1), cache)
     return drawn.batch(run.losses())
 
 

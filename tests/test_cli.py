@@ -178,7 +178,8 @@ def test_unwritable_files_are_said_first(
     def load_model(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("esamp_core.cli.generate.load_model", load_model)
+    for command in ("generate", "calibrate"):
+        monkeypatch.setattr(f"esamp_core.cli.{command}.load_model", load_model)
     run = esamp(*arguments)
     assert run.returncode == 2 and run.stderr.startswith(f"esamp: error: {message}") and run.stderr.count("\n") == 1
 

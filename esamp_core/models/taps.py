@@ -78,29 +78,6 @@ class Taps:
         on_shallow: called with the shallow state [B, H] as soon as the block has run, beside the rest of the forward.
         inputs: the model's own arguments.  Raises UnsupportedModelError if a tap did not run exactly once.
         """
-        return self._run(inputs, on_shallow)
-
-    def step(
-        self,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        cache: Any,
-        on_shallow: Callable[[Tensor], None] | None = None,
-    ) -> Tapped:
-        """:meth:`forward` with a cache; the arguments are those of ``ModelParts.inputs``."""
-        return self._run(self._parts.inputs(token_ids, mask, positions, cache), on_shallow)
-
-    def states(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Shallow and deep states [B, T, H] of a forward without a cache.  token_ids, mask: int64 [B, T]."""
-        self._places = slice(None)
-        try:
-            shallow, deep, _ = self._run({"input_ids": token_ids, "attention_mask": mask, "use_cache": False}, None)
-        finally:
-            self._places = -1
-        return shallow, deep
-
-    def _run(self, inputs: dict[str, Any], on_shallow: Callable[[Tensor], None] | None) -> Tapped:
         self._shallow, self._deep, self._listener = [], [], on_shallow
         self._on_shallow = None if on_shallow is None else self._outside
         try:
@@ -124,6 +101,26 @@ class Taps:
                 )
         # Views into the whole forward's states: not kept longer than the caller needs them.
         return Tapped(self._shallow.pop(), self._deep.pop(), logits)
+
+    def step(
+        self,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Any,
+        on_shallow: Callable[[Tensor], None] | None = None,
+    ) -> Tapped:
+        """:meth:`forward` with a cache; the arguments are those of ``ModelParts.inputs``."""
+        return self.forward(on_shallow, **self._parts.inputs(token_ids, mask, positions, cache))
+
+    def states(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Shallow and deep states [B, T, H] of a forward without a cache.  token_ids, mask: int64 [B, T]."""
+        self._places = slice(None)
+        try:
+            shallow, deep, _ = self.forward(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        finally:
+            self._places = -1
+        return shallow, deep
 
 
 class PassiveTaps(Taps):
