@@ -110,7 +110,7 @@ def load_results(folder: Path, seeds: int | None = None) -> Results:
         for n, by_seed in sampler.runs.items():
             if set(by_seed) != set(sampler.runs[sampler.largest]):
                 raise ArgumentError(f"{sampler.name}, n={n} lacks a seed: continue the run, or show fewer seeds")
-    machines = {f"{f['machine'].get('gpu') or f['machine']['cpu']}, torch {f['versions']['torch']}" for f in files}
+    machines = {_ran_on(f) for f in files}
     return Results(
         samplers,
         about,
@@ -118,6 +118,12 @@ def load_results(folder: Path, seeds: int | None = None) -> Results:
         sorted(machines),
         sum(f["cpu_seconds"] for f in files),
     )
+
+
+def _ran_on(file: dict[str, Any]) -> str:
+    machine = file["machine"]
+    versions = file.get("versions", machine)  # older files have both in one
+    return f"{machine.get('gpu') or machine.get('cpu') or machine['processor']}, torch {versions['torch']}"
 
 
 def markdown(results: Results, order: Sequence[str] = ()) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,3 +118,21 @@ def loaded_with(start: str, modules: dict[str, list[Import]]) -> dict[str, str]:
                 reached[name] = asker
                 queue.append(name)
     return reached
+
+
+def import_without(blocked: Iterable[str], statement: str) -> subprocess.CompletedProcess[str]:
+    """Run `statement` in a Python where importing a blocked package fails."""
+    program = f"""
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {set(blocked)!r}:
+                    raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+        sys.meta_path.insert(0, Blocker())
+        {statement}
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from floor_plan import ROOMS, ROOT, files, imports_of, is_under, loaded_with
+from floor_plan import ROOMS, ROOT, files, import_without, imports_of, is_under, loaded_with
 
 MAX_LINES = 400
 
@@ -110,24 +107,6 @@ def test_all_packages_are_shipped() -> None:
     packages = {file.module for file in FILES if file.is_package and file.room == "esamp_core"}
     folders = {file.module.rpartition(".")[0] for file in FILES if file.room in ("esamp_core", "kernels", "bindings")}
     assert set(declared) == (packages | folders | {"esamp_core.kernels", "esamp_core.bindings"}) - {""}
-
-
-def import_without(blocked: Iterable[str], statement: str) -> subprocess.CompletedProcess[str]:
-    """Run `statement` in a Python where importing a blocked package fails."""
-    program = f"""
-        import sys
-
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in {set(blocked)!r}:
-                    raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
-
-        sys.meta_path.insert(0, Blocker())
-        {statement}
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
 def test_sample_needs_no_optional_package() -> None:

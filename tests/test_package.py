@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from floor_plan import import_without
 
 import esamp_core
 
@@ -36,3 +37,17 @@ def test_imports_are_lazy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("blocked", "statement", "hint"),
+    [
+        ("transformers", "from esamp_core import generate", "pip install 'esamp-core[transformers]'"),
+        ("typer", "from esamp_core.cli import main; main()", "pip install 'esamp-core[cli]'"),
+        ("rich", "from esamp_core.cli import main; main()", "pip install 'esamp-core[cli]'"),
+        ("transformers", "import sys; sys.argv[1:] = ['demo']; from esamp_core.cli import main; main()", "[cli]"),
+    ],
+)
+def test_what_an_extra_lacks_is_said(blocked: str, statement: str, hint: str) -> None:
+    run = import_without([blocked], statement)
+    assert run.returncode != 0 and hint in run.stderr.splitlines()[-1], run.stderr

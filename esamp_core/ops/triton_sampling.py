@@ -10,7 +10,7 @@ from torch import Tensor
 from esamp_core.base.config import DistillerConfig, FilterOrder
 from esamp_core.base.errors import ArgumentError
 from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted, RowParams
-from esamp_core.kernels.sampling import ops
+from esamp_core.kernels.sampling import ops as torch_ops
 from esamp_core.kernels.warm_up import warm_up as warm_up_kernels
 
 
@@ -46,12 +46,12 @@ def select_candidates(
     _check_device(logits)
     width = min(max_candidates, logits.shape[1])
     active = None if active is None else active.contiguous()
-    return Candidates(*ops.select_op(_rows(logits), *_flat(params), active, width, filter_order == "vllm"))
+    return Candidates(*torch_ops.select_op(_rows(logits), *_flat(params), active, width, filter_order == "vllm"))
 
 
 def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True) -> Tensor:
     _check_device(direction)
-    result: Tensor = ops.score_op(
+    result: Tensor = torch_ops.score_op(
         direction.detach(),
         head.weight.detach(),
         token_ids.long().contiguous(),
@@ -78,7 +78,7 @@ def reweight(
     temperature, _, _, _, beta = _flat(params)
     ids, logits, _, _, _, status = candidates
     return Reweighted(
-        *ops.reweight_op(ids, logits, status, projection, beta, temperature, model_logits, float(model_weight))
+        *torch_ops.reweight_op(ids, logits, status, projection, beta, temperature, model_logits, float(model_weight))
     )
 
 
@@ -97,7 +97,7 @@ def draw(
     temperature, _, _, _, beta = _flat(params)
     ids, chosen, count, threshold, tie_id, _ = candidates
     new, novelty, status = reweighted
-    token, logprob, base_logprob, token_novelty, kl = ops.draw_op(
+    token, logprob, base_logprob, token_novelty, kl = torch_ops.draw_op(
         ids,
         chosen,
         count,
@@ -135,7 +135,7 @@ def explore(
     _check_device(logits)
     temperature, top_k, top_p, min_p, beta = _flat(params)
     return Draw(
-        *ops.explore_op(
+        *torch_ops.explore_op(
             logits=_rows(logits),
             temperature=temperature,
             top_k=top_k,
