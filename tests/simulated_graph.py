@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from esamp_core import reference
 from esamp_core.decoder import cuda_graph
-from esamp_core.explorer import explorer, learner
+from esamp_core.explorer import learner
 
 # The host reads the result, or the result's shape; or values come from the host's memory.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "bincount", "equal", "lift_fresh")
@@ -209,5 +209,4 @@ def like_cuda(patch: pytest.MonkeyPatch, kernels: bool) -> None:
     patch.setattr(cuda_graph, "step_graph", lambda device: SimulatedGraph())
     if kernels:
         launches = {name: Kernel(getattr(reference, name)) for name in LAUNCHES}
-        for module in (explorer, learner):
-            patch.setattr(module, "backend", lambda device: SimpleNamespace(**vars(reference) | launches))
+        patch.setattr(learner, "backend", lambda device: SimpleNamespace(**vars(reference) | launches))

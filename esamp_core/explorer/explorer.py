@@ -20,7 +20,7 @@ from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
 from esamp_core.explorer.learner import Learner
 from esamp_core.explorer.rows import Ledger, Row, Rows
 from esamp_core.explorer.streams import Lane, default_lane
-from esamp_core.ops import backend, backend_name, warm_up
+from esamp_core.ops import backend_name, warm_up
 from esamp_core.ops.backends import ExploreOp
 
 
@@ -64,8 +64,10 @@ class Explorer:
         self._device = head.weight.device
         self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
         self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
+        self._explore = explore or self._learner.backend.explore
+        self._sharded = explore is not None
+        self._backend_name = backend_name(self._device)
         self._ledger = Ledger(self._bank, max_rows)
-        self._explore = explore
         self._sampled = False
         self._drawn: Tensor | None = None
 
@@ -75,7 +77,7 @@ class Explorer:
             f"Explorer(hidden_size={bank.hidden_size}, rank={self.config.rank}, target={self.config.target!r}, "
             f"{len(bank.leases)}/{bank.max_groups} groups, {self.open_rows}/{self.max_rows} rows, "
             f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.max_groups * mib:.0f} MiB "
-            f"in all, backend={backend_name(self._device)!r} on {self._device})"
+            f"in all, backend={self._backend_name!r} on {self._device})"
         )
 
     @property
@@ -239,10 +241,9 @@ class Explorer:
         if model_logits is not None:
             check_logits(model_logits, "model_logits", logits)
         use = predicted and rows.explores and self._learner.scored
-        if use and self._explore is None:
+        if use and not self._sharded:
             self._learner.head.check_covers(logits.shape[1])
-        explore = self._explore or backend(self._device).explore
-        draw = explore(
+        draw = self._explore(
             logits,
             rows.params,
             rows.seeds,

@@ -83,7 +83,9 @@ class Learner:
         self._kept = Activations.empty(max_rows, hidden, self._config.rank, device)
         self._teaches = zeros(max_rows, dtype=torch.bool)
         self._groups = RowGroups(*(zeros(n, dtype=torch.int32) for n in (max_rows, groups, groups + 1)))
-        self._scratch = backend(device).distiller_scratch(bank.state.weights, max_rows)
+        self.backend = backend(device)
+        """Chosen here, once: what it needs of scratch depends on it."""
+        self._scratch = self.backend.distiller_scratch(bank.state.weights, max_rows)
         self._host = _Host(scale_known=by_tokens or self._config.deep_scale is not None)
 
     @property
@@ -203,7 +205,7 @@ class Learner:
         teaches.copy_(self._active[:rows])
         weights, scale = self._bank.state.weights, self._bank.scale
         shallow = self._shallow[:rows]
-        backend(shallow.device).distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch)
+        self.backend.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch)
 
     def _enqueue_learn(self) -> None:
         if self._host.staged:
@@ -219,6 +221,6 @@ class Learner:
         if measure:
             self._bank.measure_scale(target, teaches & (kept.rstd > 0))
         head = self.head if self._config.target == "choice" else None
-        backend(target.device).distiller_step_(
+        self.backend.distiller_step_(
             state, kept, target, groups, scale, self._config, head=head, active=teaches, scratch=self._scratch
         )
