@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def test_imports_go_one_way() -> None:
 def test_no_file_is_long() -> None:
     breaches = [text for file in FILES for text in check_length(file.source, str(file.path.relative_to(ROOT)))]
     assert not breaches, breach_texts(breaches)
+
+
+def test_no_file_is_cut_by_banners() -> None:
+    """What needs a line of dashes to be found belongs in a file of its own."""
+    assert not [file.module for file in FILES if re.search(r"^\s*# ?[-=]{3,}", file.source, re.MULTILINE)]
 
 
 def test_sample_reaches_no_optional_package() -> None:
