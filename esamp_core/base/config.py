@@ -62,7 +62,7 @@ class SamplingParams:
         require(isinstance(self.stratified, bool), "stratified", "be True or False", self.stratified)
 
 
-class _LearningRate:
+class OptionalRate:
     """The field ``lr`` of a DistillerConfig: given as a number or None, read as a number."""
 
     @overload
@@ -101,7 +101,7 @@ class DistillerConfig:
     """
 
     rank: int = 64
-    lr: _LearningRate = _LearningRate()
+    lr: OptionalRate = OptionalRate()
     momentum: float = 0.0
     clip: float = 1.0
     target: Literal["deep", "choice"] = "deep"
