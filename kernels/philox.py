@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the Gumbel noise made from it; bit for bit what esamp_core/philox.py specifies.
+"""Philox4x32-10 and the Gumbel noise made from it; bit for bit what esamp_core/base/philox.py specifies.
 
 One block of four words serves four neighbouring token ids: counter (id // 4, purpose, position low, position high),
 key seed.
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 SERIES_BELOW = tl.constexpr(2.0**-5)
-DOMAIN_DRAW = tl.constexpr(0)  # second counter word, as in esamp_core/philox.py: no two uses share a stream
+DOMAIN_DRAW = tl.constexpr(0)  # second counter word, as in esamp_core/base/philox.py: no two uses share a stream
 DOMAIN_ROUNDING = tl.constexpr(2)
 DOMAIN_CODE = tl.constexpr(3)
 

@@ -92,6 +92,15 @@ def test_no_file_is_cut_by_banners() -> None:
     assert not [file.module for file in FILES if re.search(r"^\s*# ?[-=]{3,}", file.source, re.MULTILINE)]
 
 
+def test_files_that_are_named_are_there() -> None:
+    """Paths in code and docs, of this tree's files: none is left behind when a file moves."""
+    texts = [*(file.path for file in FILES), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[bk]*/*.md")]
+    named = re.compile(r"(?<![\w/.-])((?:esamp_core|kernels|bindings|bench|tests|docs)/[\w/]+\.(?:py|md))\b")
+    found = [(path.name, name) for path in texts for name in named.findall(path.read_text(encoding="utf-8"))]
+    assert len(found) > 20
+    assert not [(where, name) for where, name in found if not (ROOT / name).exists()]
+
+
 def test_sample_reaches_no_optional_package() -> None:
     modules = {file.module: imports_of(file.source, file.module, file.is_package) for file in FILES}
     reached = loaded_with("esamp_core.sample", modules)

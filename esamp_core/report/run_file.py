@@ -1,4 +1,4 @@
-"""``esamp report run.json``: one HTML page, without any other file, that shows what a run drew.
+"""What a run drew, as a file that ``esamp report`` turns into one HTML page.
 
 The schema of run.json has its only home here: :class:`RunFile`.  Every part may be empty, and is then left out.
 """
