@@ -239,3 +239,8 @@ class DistillerState(NamedTuple):
     loss: Tensor  # float32 [S], relative squared error of the latest step, before it
     first_loss: Tensor  # float32 [S], of the first step
     nonfinite: Tensor  # int64 [S], steps skipped because the loss was not finite
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """The same [R, N] with a row's numbers side by side, as the kernels want them; rows may have any distance."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()

@@ -31,7 +31,8 @@ def own_samples(
     decoder: Decoder, prompts: Sequence[str], config: CalibrationConfig, work: Work, on_progress: OnProgress
 ) -> list[DrawnSequence]:
     """The model's samples at temperature 1, without filters and exploration."""
-    done, sequences = work.done, work.done["sequences"]
+    done = work.done
+    sequences: list[DrawnSequence] = done["sequences"]
     for first in range(done["prompts_done"], len(prompts), PROMPTS_AT_A_TIME):
         part = list(prompts[first : first + PROMPTS_AT_A_TIME])
         params = [SamplingParams(beta=0.0, seed=config.seed + first + i) for i in range(len(part))]
@@ -40,7 +41,7 @@ def own_samples(
         done["prompts_done"] = first + len(part)
         work.save()
         on_progress("generate", done["prompts_done"], len(prompts))
-    return list(sequences)
+    return sequences
 
 
 @torch.no_grad()

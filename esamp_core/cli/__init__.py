@@ -9,9 +9,10 @@ def main() -> None:
     """Entry point."""
     try:
         from esamp_core.cli.app import run
+
+        run()
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("typer", "rich", "transformers"):
             raise
         print(f"esamp: error: the command line needs {error.name}: pip install 'esamp-core[cli]'", file=sys.stderr)
         sys.exit(2)
-    run()

@@ -162,11 +162,6 @@ def run() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]  # of its arguments we need the first
             app()
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        print("esamp: error: this command needs transformers: pip install 'esamp-core[cli]'", file=sys.stderr)
-        sys.exit(2)
     except EsampError as error:
         kind = "error" if isinstance(error, ArgumentError) else type(error).__name__
         print(f"esamp: {kind}: {' '.join(str(error).split())}", file=sys.stderr)

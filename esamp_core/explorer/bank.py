@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from esamp_core.base.checks import is_int, require
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError, CapacityError, StateError
+from esamp_core.base.files import read_safetensors
 from esamp_core.base.seeds import as_int64
 from esamp_core.base.tensors import DistillerState, DistillerWeights
 from esamp_core.explorer.start import start_weights
@@ -198,9 +198,7 @@ class DistillerBank:
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` wrote."""
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        tensors, metadata = read_safetensors(path)
         if "groups" not in metadata or "scale" not in tensors:
             raise ArgumentError(f"path must be a file written by Explorer.save, got {str(path)!r}")
         scale = tensors.pop("scale")

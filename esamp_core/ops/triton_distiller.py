@@ -7,7 +7,7 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, RowGroups
+from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, RowGroups, unit_stride
 from esamp_core.kernels.distiller.ops import forward_op, scratch_size, step_op
 from esamp_core.reference.distiller import learning_rates
 
@@ -23,11 +23,6 @@ def _check_weights(name: str, weights: DistillerWeights, matrices: tuple[torch.d
     if not weights.up.dtype == weights.gate.dtype == weights.down.dtype:
         got = f"{weights.up.dtype}, {weights.gate.dtype}, {weights.down.dtype}"
         raise ArgumentError(f"{name}.up, gate and down must have one dtype, got {got}")
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Rows may have any distance, but the kernels want a row's numbers side by side."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def _groups(groups: RowGroups) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +54,7 @@ def distiller_forward(
     rows, hidden = shallow.shape
     saved = Activations.empty(rows, hidden, weights.up.shape[2], shallow.device) if out is None else out
     scratch = _scratch(scratch, weights, rows)
-    forward_op(_rows(shallow.detach()), *_groups(groups), list(weights), scale, list(saved), scratch)
+    forward_op(unit_stride(shallow.detach()), *_groups(groups), list(weights), scale, list(saved), scratch)
     return saved
 
 

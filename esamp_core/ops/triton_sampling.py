@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig, FilterOrder
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted, RowParams
+from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted, RowParams, unit_stride
 from esamp_core.kernels.sampling import ops as torch_ops
 from esamp_core.kernels.warm_up import warm_up as warm_up_kernels
 
@@ -20,11 +20,6 @@ def _check_device(tensor: Tensor) -> None:
             "Triton kernels need a GPU, got tensors on cpu: set ESAMP_BACKEND=torch, or TRITON_INTERPRET=1 before "
             "starting Python to run them in Triton's (slow) interpreter"
         )
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Rows may have any distance, but the kernels want a row's logits side by side."""
-    return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -46,7 +41,7 @@ def select_candidates(
     _check_device(logits)
     width = min(max_candidates, logits.shape[1])
     active = None if active is None else active.contiguous()
-    return Candidates(*torch_ops.select_op(_rows(logits), *_flat(params), active, width, filter_order == "vllm"))
+    return Candidates(*torch_ops.select_op(unit_stride(logits), *_flat(params), active, width, filter_order == "vllm"))
 
 
 def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True) -> Tensor:
@@ -106,8 +101,8 @@ def draw(
         status,
         new.contiguous(),
         novelty.contiguous(),
-        _rows(logits),
-        None if model_logits is None else _rows(model_logits),
+        unit_stride(logits),
+        None if model_logits is None else unit_stride(model_logits),
         temperature,
         beta,
         seed.contiguous(),
@@ -136,7 +131,7 @@ def explore(
     temperature, top_k, top_p, min_p, beta = _flat(params)
     return Draw(
         *torch_ops.explore_op(
-            logits=_rows(logits),
+            logits=unit_stride(logits),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -146,7 +141,7 @@ def explore(
             position=position.contiguous(),
             codes=codes,
             active=None if active is None else active.contiguous(),
-            model_logits=None if model_logits is None else _rows(model_logits),
+            model_logits=None if model_logits is None else unit_stride(model_logits),
             direction=None if direction is None else direction.detach(),
             weight=None if head is None else head.weight.detach(),
             bias=None if head is None else _detached(head.bias),
