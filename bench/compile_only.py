@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.ops import scratch_size
 from esamp_core.kernels.distiller.step import distiller_step_triton
 from esamp_core.kernels.tuning import Config, config_for
@@ -142,6 +143,12 @@ def launch_distiller(case: DistillerCase) -> None:
     saved = [new(shape) for shape in (wide, narrow, narrow, wide, rows, rows, wide)]
     scratch = new(scratch_size(rows, weights[0]))
     distiller_forward_triton(new(wide), *groups, weights, scale, saved, scratch, case.config)
+    # Engines mix states of their own dtype; with extras some rows are switched off.
+    deep, mixing = new(wide, dtype=torch.bfloat16), new(rows, dtype=torch.bool) if case.extras else None
+    mix_triton(
+        deep, saved[3], weights[4], weights[5], scale, new(rows), mixing, groups, saved[4], saved[5], new(wide).bfloat16(),
+        new(rows, dtype=torch.int32), rank, case.config,
+    )  # fmt: skip
     active, target = None, (new(wide), None, None, 1.0)
     if case.extras:
         active = new(rows, dtype=torch.bool)

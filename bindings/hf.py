@@ -226,7 +226,7 @@ class Exploration:
             filter_order=self._filter_order,
         )
         if not self._head_checked:
-            self._head_checked = check_head(self._parts, explorer.head, tapped)
+            self._head_checked = check_head(self._parts, explorer.head or self._parts.head, tapped)
         params = [self._base if g is None else per_prompt[numbers[g]] for g in groups]
         criteria = loop.stopping_criteria
         eos = [torch.as_tensor(c.eos_token_id).reshape(-1) for c in criteria if hasattr(c, "eos_token_id")]

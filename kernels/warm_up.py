@@ -3,6 +3,7 @@
 import torch
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.ops import config_of, scratch_size
 from esamp_core.kernels.distiller.step import distiller_step_triton
 from esamp_core.kernels.sampling import ops
@@ -75,10 +76,12 @@ def warm_up_distiller(
     center: torch.Tensor | None = None,
     *,
     device: torch.device | str = "cuda",
+    mixed_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile forward and step as the learner launches them: float32 taps, contiguous, with an active mask.
 
     dtype: of A, G and B.  momentum: whether there is any.  Hidden states teach; with weight [V, H] token ids too.
+    mixed_dtype: of the deep states that mix is compiled for too.
     """
     rows, slots = 2, 2
 
@@ -101,6 +104,13 @@ def warm_up_distiller(
     if weight is not None:
         targets.append((weight.detach(), zeros(rows, dtype=torch.int64), center))
     distiller_forward_triton(zeros(*wide), order, group_slots, offsets, weights, scale, saved, scratch, config)
+    if mixed_dtype is not None:
+        deep, status = zeros(*wide, dtype=mixed_dtype), zeros(rows, dtype=torch.int32)
+        _, _, _, y, mean, rstd, _ = saved
+        mix_triton(
+            deep, y, weights[4], weights[5], scale, zeros(rows), active, (order, group_slots, offsets), mean, rstd,
+            torch.empty_like(deep), status, rank, config,
+        )  # fmt: skip
     for target, token_ids, middle in targets:
         distiller_step_triton(
             weights, velocities, number, [number, column, column, number], saved, target, token_ids, middle, 1.0,

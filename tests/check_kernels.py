@@ -176,7 +176,7 @@ def cold(target: str) -> set[str]:
     for dtype in (torch.float32, torch.bfloat16):
         with compiling(target) as warm:
             weight, center = torch.empty(VOCAB, 256, dtype=torch.bfloat16), torch.empty(256)
-            warm_up.warm_up_distiller(256, 16, dtype, True, weight, center, device="meta")
+            warm_up.warm_up_distiller(256, 16, dtype, True, weight, center, device="meta", mixed_dtype=torch.bfloat16)
         for rows, slots in ((1, 1), (2, 16), (16, 32), (37, 48), (512, 5)):
             with compiling(target) as found:
                 launch_distiller(DistillerCase(target, 256, 16, dtype, extras=True, rows=rows, slots=slots))

@@ -69,6 +69,10 @@ def good() -> dict[str, dict[str, Any]]:
             shallow=direction, groups=groups, weights=weights, scale=scale, scratch=torch.zeros(0),
             out=Activations.empty(R, H, RANK, logits.device),
         ),
+        "mix": dict(
+            deep=direction, activations=activations, groups=groups, weights=weights, scale=scale, beta=torch.ones(R),
+            active=torch.ones(R, dtype=torch.bool), out=torch.zeros(R, H), status=torch.zeros(R, dtype=torch.int32),
+        ),
         "distiller_step_": dict(
             state=state, activations=activations, target=direction, groups=groups, scale=scale,
             config=DistillerConfig(rank=RANK), head=None, active=torch.ones(R, dtype=torch.bool),
@@ -215,6 +219,26 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
     "distiller_scratch": {
         "weights": [(None, "NoneType"), (WEIGHTS._replace(up=torch.zeros(H, RANK)), r"up .*\[4, 2\]")],
         "rows": [(-1, "-1"), (2.0, "2.0"), (None, "None")],
+    },
+    "mix": {
+        "deep": [*DIRECTION, (torch.zeros(R, H, dtype=torch.float64), "float64")],
+        "activations": [
+            (None, "NoneType"), (OUT._replace(y=torch.zeros(R, H + 1)), r"y .*\[3, 5\]"),
+            (OUT._replace(rstd=meta(R)), "rstd .*on meta"),
+        ],
+        "groups": GROUPS,
+        "weights": [(None, "NoneType"), (WEIGHTS._replace(norm_bias=meta(S, H)), "norm_bias .*on meta")],
+        "scale": SCALE,
+        "beta": [(0.5, "0.5"), (torch.zeros(R + 1), r"\[4\]"), (torch.zeros(R, dtype=torch.long), "int64")],
+        "active": ACTIVE,
+        "out": [
+            ("x", "'x'"), (torch.zeros(R, H + 1), r"\[3, 5\]"), (torch.zeros(R, H).bfloat16(), "bfloat16"),
+            (torch.zeros(H, R).T, r"\(1, 3\)"), (meta(R, H), "on meta"),
+        ],
+        "status": [
+            (torch.zeros(R), "float32"), (torch.zeros(R, dtype=torch.long), "int64"),
+            (torch.zeros(R + 1, dtype=torch.int32), r"\[4\]"),
+        ],
     },
     "distiller_step_": {
         "state": [(None, "NoneType"), (OK["distiller_step_"]["state"]._replace(weights=None), "weights .*NoneType")],

@@ -174,11 +174,16 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
         Activations.empty(4, HIDDEN, RANK, shallow.device),
         triton_distiller.distiller_scratch(state.weights, 4),
     )
-    forward = (shallow, *groups, list(state.weights), scale, list(saved), scratch)
+    forward = (shallow, *groups, list(state.weights), scale, list(saved), scratch, True)
     distiller.forward_op(*forward)
     columns = [state.updates, state.loss, state.first_loss, state.nonfinite]
     return {
         "forward": forward,
+        "norm": (*groups, list(state.weights), scale, list(saved)),
+        "mix": (
+            shallow.bfloat16(), saved.y, list(state.weights), scale, torch.full_like(saved.mean, 0.5), active, *groups,
+            saved.mean, saved.rstd, torch.zeros_like(shallow, dtype=torch.bfloat16), torch.zeros_like(token_ids).int(),
+        ),
         "step": (
             list(state.weights), list(state.momentum), state.seed, columns, list(saved), weight, token_ids, center, 0.4,
             *groups, scale, active, [0.01] * 6, 0.5, 1.0, scratch,
@@ -187,7 +192,7 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.traced
-@pytest.mark.parametrize("name", ["forward", "step"])
+@pytest.mark.parametrize("name", ["forward", "norm", "mix", "step"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     """Among them: what an op does not say it writes, it does not write."""
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

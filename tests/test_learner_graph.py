@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esamp_core.base.errors import StateError
 from esamp_core.explorer.learner import Learner
-from esamp_core.sample import Activations, DistillerConfig, Explorer, Rows
+from esamp_core.sample import Activations, DistillerConfig, Explorer, Rows, Status
 from tests.kernel_cases import equal_bits, quick_interpreter
 
 pytest.importorskip("triton")
@@ -20,6 +20,12 @@ pytestmark = pytest.mark.interpreter
 
 ROWS, STEPS = 4, 7
 Results = tuple[Tensor, ...]  # of a step: a Draw, or the prediction
+
+
+def make_mixing(config: DistillerConfig) -> Explorer:
+    return Explorer(None, HIDDEN, config, max_groups=4, max_rows=32, device="cpu")
+
+
 CONFIGS = {
     "deep": DistillerConfig(rank=4, deep_scale=1.0),
     "measured scale, bfloat16, momentum": DistillerConfig(rank=4, momentum=0.8, weight_dtype=torch.bfloat16),
@@ -43,12 +49,13 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 class Run:
     """An Explorer, and memory for the inputs of its steps that stays where it is."""
 
-    def __init__(self, config: DistillerConfig, samples: bool = True) -> None:
+    def __init__(self, config: DistillerConfig, samples: bool = True, mixes: bool = False) -> None:
         self.samples = samples  # or only predicts, which the interpreter does faster
-        self.explorer: Explorer = make(config)
+        self.mixes = mixes
+        self.explorer: Explorer = make(config) if not mixes else make_mixing(config)
         self.rows: Rows = self.explorer.open(["a", "b", None, "a"], PARAMS)
         self.shallow, self.deep = torch.zeros(ROWS, HIDDEN), torch.zeros(ROWS, HIDDEN)
-        self.logits = torch.zeros(ROWS, VOCAB)
+        self.logits, self.mixed = torch.zeros(ROWS, VOCAB), torch.zeros(ROWS, HIDDEN)
 
     def fill(self, number: int) -> None:
         """The inputs of one step; some rows are off."""
@@ -59,8 +66,11 @@ class Run:
 
     def step(self) -> Results:
         self.explorer.predict(self.shallow, self.rows)
-        if self.samples:
-            results: Results = self.explorer.sample(self.logits, self.rows)
+        results: Results
+        if self.mixes:
+            results = (self.explorer.mix(self.deep, self.rows, self.mixed).clone(), self.rows.status.clone())
+        elif self.samples:
+            results = self.explorer.sample(self.logits, self.rows)
         else:
             results = (self.explorer._learner.prediction().clone(),)
         self.explorer.learn(self.deep, self.rows)
@@ -118,6 +128,23 @@ def test_replay_is_the_eager_step_bit_for_bit(name: str) -> None:
     assert updates == [g.updates for g in captured.explorer.stats().values()]
     assert all(u >= STEPS - 2 for u in updates) or name == "frozen"
     assert same(plain, captured)
+
+
+@pytest.mark.parametrize("name", ["deep", "measured scale, bfloat16, momentum", "frozen"])
+def test_a_step_that_mixes_is_replayed_bit_for_bit(name: str) -> None:
+    """The LayerNorm that predict leaves to mix is within the capture, and so are flags, which add up."""
+
+    class Faulty(Run):
+        def fill(self, number: int) -> None:
+            super().fill(number)
+            if number == STEPS - 1:
+                self.deep[1, 2] = float("nan")
+                self.rows.active[1] = True
+
+    plain, captured = (Faulty(CONFIGS[name], mixes=True) for _ in range(2))
+    for number, (a, b) in enumerate(zip(plain.eager(range(STEPS)), replayed(captured), strict=True)):
+        assert equal_bits(a, b), number
+    assert captured.rows.status.tolist() == [0, int(Status.NONFINITE_NOVELTY), 0, 0] and same(plain, captured)
 
 
 def test_a_look_in_between_asks_for_an_eager_step() -> None:

@@ -27,7 +27,7 @@ class Status(IntFlag):
     EMPTY = 4  # every logit was -inf: no token could be drawn, token_ids is -1
     CAPPED = 8  # more candidates than max_candidates: the rest kept their own logit
     INVALID_PARAMS = 16  # a per-row parameter tensor held a value out of range: token_ids is -1
-    NONFINITE_NOVELTY = 32  # the direction gave inf or NaN: the row was sampled without exploration
+    NONFINITE_NOVELTY = 32  # the prediction gave inf or NaN: the row was sampled, or left, without exploration
     INACTIVE = 64  # the row's active mask was off: nothing was drawn, token_ids is -1
 
 
@@ -216,6 +216,13 @@ class Activations(NamedTuple):
         wide, narrow = (rows, hidden), (rows, rank)
         shapes = (wide, narrow, narrow, wide, (rows,), (rows,), wide)
         return Activations(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes))
+
+
+class Mixed(NamedTuple):
+    """Deep hidden states after exploration, for the model's own head and any sampler."""
+
+    hidden: Tensor  # [R, H], the dtype of the deep states
+    status: Tensor  # int32 [R], Status flags
 
 
 class RowGroups(NamedTuple):

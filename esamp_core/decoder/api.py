@@ -251,4 +251,4 @@ class Decoder:
         if holds_nothing(cache):
             raise UnsupportedModelError(f"{name} was given a cache as {self.parts.cache_argument} and left it empty")
         assert self.explorer is not None
-        self._checked = check_head(self.parts, self.explorer.head, tapped)
+        self._checked = check_head(self.parts, self.explorer.head or self.parts.head, tapped)

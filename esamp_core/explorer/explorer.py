@@ -6,28 +6,30 @@ import secrets
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from esamp_core.base.checks import check_hashables, check_logits, check_tensor, is_int, require
+from esamp_core.base.checks import LOGIT_DTYPES, check_hashables, check_logits, check_tensor, is_int, require
 from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
 from esamp_core.base.errors import ArgumentError, StateError
-from esamp_core.base.seeds import as_int64, row_seeds, stratified_codes
+from esamp_core.base.seeds import as_int64, row_seeds
 from esamp_core.base.tensors import Draw, Head, RowParams
 from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
 from esamp_core.explorer.learner import Learner
-from esamp_core.explorer.rows import Ledger, Row, Rows
+from esamp_core.explorer.rows import Ledger, Row, Rows, starting_codes
 from esamp_core.explorer.streams import Lane, default_lane
 from esamp_core.ops import backend_name, warm_up
-from esamp_core.ops.backends import ExploreOp
+from esamp_core.ops.arguments import check_mixed_out
 
 
 class Explorer:
     """Exploratory sampling for a running batch: ``open``, then ``predict``, ``sample``, ``learn`` every step.
 
-    head: the model's output head; its device is the Explorer's.
+    Engines that sample themselves call ``mix`` instead of ``sample``: before their head.
+
+    head: the model's output head; its device is the Explorer's.  None: nothing is drawn here, states are only mixed.
     hidden_size: H of the shallow and deep hidden states.
     config: the Distiller and its learning rule.
     max_groups: Distiller slots, S.  max_rows: most rows open at once.
@@ -35,14 +37,14 @@ class Explorer:
     filter_order: "transformers" or "vllm", see ``select_candidates``.
     on_full: "error", or "evict" the least recently used idle group, when a new group finds no slot.
     lane: where learning runs; default a second CUDA stream, or in line on the CPU.
-    explore: what draws, in the place of the backend's ``explore``; for a head of which this process has a shard.
+    device: the Explorer's, where there is no head.
 
     Not thread-safe.  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
     """
 
     def __init__(
         self,
-        head: Head,
+        head: Head | None,
         hidden_size: int,
         config: DistillerConfig | None = None,
         *,
@@ -52,23 +54,27 @@ class Explorer:
         filter_order: FilterOrder = "transformers",
         on_full: OnFull = "error",
         lane: Lane | None = None,
-        explore: ExploreOp | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        require(isinstance(head, Head), "head", "be a Head", type(head).__name__)
-        require(head.hidden_size == hidden_size, "hidden_size", f"be the head's {head.hidden_size}", hidden_size)
+        require(head is None or isinstance(head, Head), "head", "be a Head or None", type(head).__name__)
+        self.config = config or DistillerConfig()
+        if head is not None:
+            require(head.hidden_size == hidden_size, "hidden_size", f"be the head's {head.hidden_size}", hidden_size)
+            require(device is None, "device", "be left out with a head, which has its own", device)
+        else:
+            require(device is not None, "device", "be given where there is no head", device)
+            require(self.config.target == "deep", "head", 'be given for target "choice"', head)
         require(is_int(max_rows) and max_rows >= 1, "max_rows", "be an integer >= 1", max_rows)
         check_options(filter_order, max_candidates)
-        self.head, self.config = head, config or DistillerConfig()
+        self.head = head
         self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
         self.max_groups = max_groups
-        self._device = head.weight.device
+        self._device = torch.empty(0, device=device).device if head is None else head.weight.device
         self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
         self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
-        self._explore = explore or self._learner.backend.explore
-        self._sharded = explore is not None
         self._backend_name = backend_name(self._device)
         self._ledger = Ledger(self._bank, max_rows)
-        self._sampled = False
+        self._done: Literal["", "mixed", "sampled"] = ""  # what became of the latest prediction
         self._drawn: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -88,9 +94,15 @@ class Explorer:
     def warm_up(self, dtype: torch.dtype = torch.float32) -> None:
         """Compile the kernels for logits [R, V] of this dtype now, instead of during the first steps.
 
-        V is the head's.  Without Triton there is nothing to do.  Raises ArgumentError.
+        V is the head's; without a head it is the dtype of the deep states.  Without Triton there is nothing to do.
+        Raises ArgumentError.
         """
-        warm_up(self._learner.head, self.config, max_candidates=self.max_candidates, dtype=dtype)
+        head = self._learner.head
+        if head is not None:
+            warm_up(head, self.config, max_candidates=self.max_candidates, dtype=dtype)
+        else:
+            require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
+            self._learner.backend.warm_up_mixing(self._bank.hidden_size, self.config, dtype, self._device)
 
     def open(
         self,
@@ -139,8 +151,9 @@ class Explorer:
             rows,
             row_seed,
             torch.tensor(positions, dtype=torch.int64, device=self._device),
-            self._codes(rows, groups if sets is None else sets, row_seed),
+            starting_codes(rows, groups if sets is None else sets, row_seed),
             torch.ones(count, dtype=torch.bool, device=self._device),
+            torch.zeros(count, dtype=torch.int32, device=self._device),
             columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
         )
 
@@ -179,21 +192,6 @@ class Explorer:
             rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified))
         return rows
 
-    def _codes(self, rows: list[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
-        """Codes to begin with, float64 [R, 2]; negative in rows that are not stratified."""
-        found: dict[Hashable, list[int]] = {}
-        for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
-            if row.stratified:
-                found.setdefault(i if name is None else (name,), []).append(i)
-        places = torch.tensor(
-            [(i, members[0], at, len(members)) for members in found.values() for at, i in enumerate(members)],
-            dtype=torch.int64,
-            device=self._device,
-        ).view(-1, 4)
-        row, first, ordinal, siblings = places.T
-        codes = torch.full((len(rows), 2), -1.0, dtype=torch.float64, device=self._device)
-        return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))
-
     def close(self, rows: Rows) -> None:
         """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
 
@@ -216,11 +214,55 @@ class Explorer:
             raise StateError(
                 "predict was called again before learn; every predicted step must be learned (lr=0 freezes)"
             )
-        self._ledger.step, self._sampled, self._drawn = rows, False, None
+        self._ledger.step, self._done, self._drawn = rows, "", None
         if rows.grouped:
             self._learner.predict(shallow.detach(), rows.row_groups, rows.active)
         else:
             self._learner.flush()
+
+    def prediction(self, rows: Rows) -> Tensor:
+        """What the Distillers predict of the deep hidden states in this step: float32 [R, H], 0 in rows without one.
+
+        Main waits for it, the host does not; valid until the next ``predict``.  Raises ArgumentError, StateError (no
+        ``predict`` for these rows, or no deep state was learned yet from which its scale is known).
+        """
+        self._ledger.check(rows)
+        if self._ledger.step is not rows or not rows.grouped:
+            raise StateError("prediction needs predict for these very rows first, in the same step")
+        if not self._learner.scored:
+            raise StateError("prediction needs a step learned before, or config.deep_scale: its scale is not known yet")
+        return self._learner.prediction()
+
+    @torch.no_grad()
+    def mix(self, deep: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """The deep hidden states with exploration in them, for the model's own head and any sampler.
+
+        ``(1 + beta) * deep - beta * prediction``, see :func:`~esamp_core.sample.mix`.  Then ``learn`` with the same
+        deep, which was not changed; ``sample`` in the same step draws from logits as they are.
+
+        deep: [R, H] float32, bfloat16 or float16, the input of lm_head.  out: [R, H] of its dtype, other memory than
+        deep's, to write into.
+        Returns [R, H] in deep's dtype, bit-equal to deep in rows with beta 0, in those without a group or switched off,
+        and in those whose mixed state is not finite, which ``rows.status`` flags; deep itself where no row explores
+        and before the scale of predictions is known.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        """
+        self._ledger.check(rows)
+        check_tensor("deep", deep, (len(rows), self._bank.hidden_size), self._device)
+        require(deep.dtype in LOGIT_DTYPES, "deep", "be float32, bfloat16 or float16", deep.dtype)
+        check_mixed_out(out, rows.status, deep)
+        check_tensor("active", rows.active, (len(rows),), self._device, "bool")
+        if self.config.target != "deep":
+            raise StateError(f'mix needs Distillers of target "deep", these have {self.config.target!r}')
+        predicted = self._ledger.step is rows
+        if predicted and self._done:
+            raise StateError(f"mix was called after the step was {self._done}; call learn and predict first")
+        if rows.explores and not predicted:
+            raise StateError("mix needs predict for these very rows first, or nothing would be explored (beta > 0)")
+        if predicted:
+            self._done = "mixed"
+        if rows.explores and self._learner.scored:
+            return self._learner.mix(deep.detach(), rows.params.beta, rows.active, out, rows.status)
+        return deep if out is None else out.copy_(deep)
 
     @torch.no_grad()
     def sample(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Draw:
@@ -228,29 +270,34 @@ class Explorer:
 
         logits: [R, V] as they are to be sampled, before temperature and filters.  model_logits: [R, V] the model's own
         where ``logits`` were edited (penalties, bans, grammars); novelty uses these, so that no edit is amplified.
-        Returns :class:`Draw`.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        Where ``mix`` was called in this step the logits have exploration in them, and are drawn from as they are:
+        novelty and kl are then 0, and base_logprob is that of the mixed model.
+        Returns :class:`Draw`.  Raises ArgumentError, StateError (no ``predict`` for these rows, no head).
         """
         self._ledger.check(rows)
         check_logits(logits, rows=len(rows), device=self._device)
         rows.check_tensors()
-        predicted = self._ledger.step is rows
-        if predicted and self._sampled:
+        predicted, mixed = self._ledger.step is rows, self._done == "mixed"
+        if predicted and self._done == "sampled":
             raise StateError("sample was called twice in a step; call learn and predict first")
         if rows.explores and not predicted:
             raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
         if model_logits is not None:
             check_logits(model_logits, "model_logits", logits)
-        use = predicted and rows.explores and self._learner.scored
-        if use and not self._sharded:
-            self._learner.head.check_covers(logits.shape[1])
-        draw = self._explore(
+        use = predicted and not mixed and rows.explores and self._learner.scored
+        head = self._learner.head
+        if use and head is None:
+            raise StateError("sample needs a head to explore with, or mix first: this Explorer has none")
+        if use and head is not None:
+            head.check_covers(logits.shape[1])
+        draw = self._learner.backend.explore(
             logits,
             rows.params,
             rows.seeds,
             rows.positions,
             codes=rows.codes if rows.stratified else None,
             direction=self._learner.prediction() if use else None,
-            head=self._learner.head if use else None,
+            head=head if use else None,
             model_logits=model_logits,
             model_weight=0.0 if self.config.target == "choice" else 1.0,
             filter_order=self.filter_order,
@@ -258,18 +305,22 @@ class Explorer:
             active=rows.active,
         )
         rows.positions += (draw.token_ids >= 0).long()
-        self._sampled, self._drawn = predicted, draw.token_ids
+        self._done, self._drawn = "sampled" if predicted else "", draw.token_ids
         return draw
 
-    def learn(self, deep: Tensor | None, rows: Rows) -> None:
+    def learn(self, deep: Tensor | None, rows: Rows, *, teaches: Tensor | None = None) -> None:
         """Stage this step's lesson; the next ``predict`` enqueues it.
 
         deep: [R, H] float, the input of lm_head at the same position; copied.  With target "choice" the drawn tokens
-        teach instead, and deep may be None.  Raises ArgumentError, StateError (no ``predict`` for these rows).
+        teach instead, and deep may be None.  teaches: bool [R], rows that count, of those that were active at
+        ``predict``; default all.  For speculative decoding, where it is known only now which drafts were accepted.
+        Raises ArgumentError, StateError (no ``predict`` for these rows).
         """
         self._ledger.check(rows)
         if self._ledger.step is not rows:
             raise StateError("learn needs predict for these very rows first, in the same step")
+        if teaches is not None:
+            check_tensor("teaches", teaches, (len(rows),), self._device, "bool")
         target = deep
         if self.config.target == "choice":
             if self._drawn is None:
@@ -280,7 +331,7 @@ class Explorer:
         assert target is not None
         self._ledger.step = None
         if self._learner.learns and rows.grouped:
-            self._learner.stage(target.detach())
+            self._learner.stage(target.detach(), teaches)
 
     def flush(self) -> None:
         """Enqueue what ``learn`` has staged now, instead of at the next ``predict``.
@@ -293,12 +344,12 @@ class Explorer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """For verbs that are captured and not run: afterwards nothing was predicted, drawn or staged by them."""
-        before = self._ledger.step, self._sampled, self._drawn
+        before = self._ledger.step, self._done, self._drawn
         try:
             with self._learner.recording():
                 yield
         finally:
-            self._ledger.step, self._sampled, self._drawn = before
+            self._ledger.step, self._done, self._drawn = before
 
     @property
     def step_state(self) -> tuple[object, ...]:

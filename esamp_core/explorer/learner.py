@@ -17,7 +17,10 @@ Who may touch what, and why no buffer needs a twin:
   learn(t) reads them.  Main may free its Rows while learning still reads them: hence the copies.
 - ``pred``, one of the activations: written by predict(t), read by main between its wait and the next predict's publish;
   learn does not read it.
-- ``target``: written by main after waiting for predict(t), which stands behind learn(t-1), its last reader.
+- ``mean``, ``rstd`` and ``pred`` where there is no head to score candidates with: predict(t) leaves them to main, which
+  writes them after that wait (in mix, or else in prediction or stage); learn(t) stands behind the next publish.
+- ``target``: written by main after waiting for predict(t), which stands behind learn(t-1), its last reader.  So is
+  ``teaches``, where it becomes known only after the step which rows count.
 
 A whole step may be captured in a CUDA graph and replayed, because what a step leaves for the next lies where it always
 lay, in buffers for max_rows of which R rows are used.  Row groups are copied when they change, behind learn(t-1) of the
@@ -54,6 +57,8 @@ class _Host:
 
     source: RowGroups | None = None  # whose copy the second stream has; not freed before it has it
     rows: int = 0  # of the latest predict
+    normed: bool = False  # whether its LayerNorm is done: mean and rstd are known
+    predicted: bool = False  # and pred
     staged: bool = False
     joined: bool = True  # main has waited for the latest mark
     scale_known: bool = False
@@ -67,9 +72,10 @@ class Learner:
     scratch, which PyTorch's backend does without.
     """
 
-    def __init__(self, bank: DistillerBank, head: Head, max_rows: int, lane: Lane) -> None:
+    def __init__(self, bank: DistillerBank, head: Head | None, max_rows: int, lane: Lane) -> None:
+        """head: None where predictions are mixed; the forward's LayerNorm is then left to mix."""
         self._bank, self._config, self._lane = bank, bank.config, lane
-        self.head = head.centred() if self._config.target == "choice" else head
+        self.head = head.centred() if head is not None and self._config.target == "choice" else head
         device, hidden, groups = bank.scale.device, bank.hidden_size, min(max_rows, bank.max_groups)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,6 +136,7 @@ class Learner:
                 self._lane.run(lambda: self._copy_groups(groups))
                 self._host.source = groups
             self._host.scored, self._host.rows = self._host.scale_known, rows
+            self._host.normed = self._host.predicted = self.head is not None
             self._lane.run(lambda: self._forward(rows), writes=(self._kept.pred,))
         finally:  # also after an interrupt main must wait for what was enqueued
             self._host.joined = False
@@ -138,13 +145,40 @@ class Learner:
     def prediction(self) -> Tensor:
         """float32 [R, H]: main waits for the latest predict.  Valid until the next one."""
         self._wait()
+        if not self._host.predicted:
+            self._norm()
         return self._kept.pred[: self._host.rows]
 
-    def stage(self, target: Tensor) -> None:
-        """Keep this step's target for learning: [R, H] deep hidden states, or int64 [R] drawn tokens."""
+    def mix(self, deep: Tensor, beta: Tensor, active: Tensor, out: Tensor | None, status: Tensor) -> Tensor:
+        """The latest prediction mixed into deep [R, H]; flags are added to status int32 [R]."""
         self._wait()
-        self._lane.stage(self._target[: self._host.rows], target)
+        kept, groups, _ = self._first(self._host.rows)
+        mixed = self.backend.mix(
+            deep, kept, groups, self._bank.state.weights, self._bank.scale, beta, active=active, out=out, status=status
+        )
+        self._host.normed = True
+        return mixed.hidden
+
+    def stage(self, target: Tensor, teaches: Tensor | None = None) -> None:
+        """Keep this step's target for learning: [R, H] deep hidden states, or int64 [R] drawn tokens.
+
+        teaches: bool [R], rows that count, of those that were active.
+        """
+        self._wait()
+        if not self._host.normed:
+            self._norm()
+        rows = self._host.rows
+        self._lane.stage(self._target[:rows], target)
+        if teaches is not None:
+            self._teaches[:rows].logical_and_(teaches)
         self._host.staged = True
+
+    @torch.no_grad()
+    def _norm(self) -> None:
+        """The LayerNorm of the latest prediction, which predict left out.  Main has waited."""
+        kept, groups, _ = self._first(self._host.rows)
+        self.backend.distiller_norm_(kept, groups, self._bank.state.weights, self._bank.scale)
+        self._host.normed = self._host.predicted = True
 
     def flush(self) -> None:
         """Enqueue what is staged, now."""
@@ -204,8 +238,8 @@ class Learner:
         kept, groups, teaches = self._first(rows)
         teaches.copy_(self._active[:rows])
         weights, scale = self._bank.state.weights, self._bank.scale
-        shallow = self._shallow[:rows]
-        self.backend.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch)
+        shallow, norm = self._shallow[:rows], self.head is not None
+        self.backend.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch, norm=norm)
 
     def _enqueue_learn(self) -> None:
         if self._host.staged:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from esamp_core.base.checks import check_tensor, is_int, require
+from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError, CapacityError, StateError
+from esamp_core.base.seeds import stratified_codes
 from esamp_core.base.tensors import RowParams
 from esamp_core.explorer.bank import DistillerBank
 from esamp_core.reference import group_rows
@@ -43,14 +45,16 @@ class Ledger:
         """Raises ArgumentError for another Explorer's rows, StateError for outdated ones."""
         ours = isinstance(rows, Rows) and rows.ledger is self
         require(ours, "rows", "come from this Explorer's open", rows)
-        if not rows.current:
+        if not (rows if rows.origin is None else rows.origin).current:
             raise StateError(f"{rows!r} was closed, or replaced by keep or +; use the newest Rows")
 
     def retire(self, rows: Rows) -> None:
         """Other Rows are about to stand for these, or none."""
         self.check(rows)
+        if rows.origin is not None:
+            raise StateError(f"{rows!r} were spread from others; keep, add and close those")
         rows.current = False
-        if self.step is rows:
+        if self.step is not None and rows in (self.step, self.step.origin):
             self.step = None
 
     def release(self, entries: Iterable[Row]) -> None:
@@ -62,7 +66,9 @@ class Ledger:
 
 
 class Rows:
-    """The open sequences of a batch, in its order.  Immutable but for ``active``, ``positions`` and ``codes``.
+    """The open sequences of a batch, in its order.
+
+    Immutable but for ``active``, ``positions``, ``codes`` and ``status``.
 
     Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
     """
@@ -75,11 +81,15 @@ class Rows:
         positions: Tensor,
         codes: Tensor,
         active: Tensor,
+        status: Tensor,
         params: RowParams,
+        origin: Rows | None = None,
     ) -> None:
         self.ledger, self.entries = ledger, entries
         self.current = True
         """False once they are closed, or replaced by others."""
+        self.origin = origin
+        """What they were spread from."""
         self.seeds = seeds
         """int64 [R], row seeds."""
         self.positions = positions
@@ -88,6 +98,8 @@ class Rows:
         """float64 [R, 2], codes of stratified rows (see ``draw``); negative in other rows."""
         self.active = active
         """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
+        self.status = status
+        """int32 [R], Status flags of all that ``mix`` has met so far."""
         self.params = params
         slots = torch.tensor([r.slot for r in entries], dtype=torch.int64, device=seeds.device)
         rank = torch.tensor([r.sample_index for r in entries], dtype=torch.int64, device=seeds.device)
@@ -138,7 +150,36 @@ class Rows:
             self.positions[index],
             self.codes[index],
             self.active[index],
+            self.status[index],
             self.params.take(index),
+        )
+
+    def spread(self, places: Sequence[int]) -> Rows:
+        """One step's rows of an engine, whose batch has others too, in its own order.
+
+        places: for each of its rows the number of the row here, as often as it occurs (drafts of speculative decoding
+        are several rows of one sequence), or -1 for one that is not ours, which has no Distiller.
+        Nothing is opened: these Rows stay as they are, and the spread ones are good as long as they are.
+        """
+        wrong = [place for place in places if not (is_int(place) and -1 <= place < len(self))]
+        require(not wrong, "places", f"be row numbers below {len(self)}, or -1", wrong)
+        index = torch.tensor(list(places), dtype=torch.int64, device=self.seeds.device)
+        stranger = RowParams.of(SamplingParams(beta=0.0), 1, self.seeds.device)
+
+        def take(column: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([column, other.to(column.dtype)])[index]  # -1 is the last
+
+        zero = torch.zeros(1, device=self.seeds.device)
+        return Rows(
+            self.ledger,
+            [self.entries[place] if place >= 0 else Row(None, -1, 0, False, False) for place in places],
+            take(self.seeds, zero),
+            take(self.positions, zero),
+            take(self.codes, zero.new_full((1, 2), -1.0)),
+            take(self.active, zero + 1),
+            torch.zeros_like(index, dtype=torch.int32),
+            RowParams(*(take(mine, other) for mine, other in zip(self.params, stranger, strict=True))),
+            origin=self if self.origin is None else self.origin,
         )
 
     def __add__(self, other: Rows) -> Rows:
@@ -156,6 +197,7 @@ class Rows:
             torch.cat([self.positions, other.positions]),
             torch.cat([self.codes, other.codes]),
             torch.cat([self.active, other.active]),
+            torch.cat([self.status, other.status]),
             RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
         )
 
@@ -171,3 +213,19 @@ def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> 
     if not all(is_int(v) and 0 <= v < rows for v in values) or len(set(values)) != len(values):
         raise ArgumentError(f"which must be booleans or distinct row numbers below {rows}, got {values!r}")
     return values
+
+
+def starting_codes(rows: Sequence[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
+    """Codes to begin with, float64 [R, 2]; negative in rows that are not stratified."""
+    found: dict[Hashable, list[int]] = {}
+    for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
+        if row.stratified:
+            found.setdefault(i if name is None else (name,), []).append(i)
+    places = torch.tensor(
+        [(i, members[0], at, len(members)) for members in found.values() for at, i in enumerate(members)],
+        dtype=torch.int64,
+        device=row_seed.device,
+    ).view(-1, 4)
+    row, first, ordinal, siblings = places.T
+    codes = torch.full((len(rows), 2), -1.0, dtype=torch.float64, device=row_seed.device)
+    return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))

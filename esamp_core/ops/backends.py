@@ -21,6 +21,7 @@ from esamp_core.base.tensors import (
     DistillerWeights,
     Draw,
     Head,
+    Mixed,
     Reweighted,
     RowGroups,
     RowParams,
@@ -104,7 +105,26 @@ class Backend(Protocol):
         *,
         out: Activations | None = None,
         scratch: Tensor | None = None,
+        norm: bool = True,
     ) -> Activations: ...
+
+    def distiller_norm_(
+        self, activations: Activations, groups: RowGroups, weights: DistillerWeights, scale: Tensor
+    ) -> None: ...
+
+    def mix(
+        self,
+        deep: Tensor,
+        activations: Activations,
+        groups: RowGroups,
+        weights: DistillerWeights,
+        scale: Tensor,
+        beta: Tensor,
+        *,
+        active: Tensor | None = None,
+        out: Tensor | None = None,
+        status: Tensor | None = None,
+    ) -> Mixed: ...
 
     def distiller_step_(
         self,
@@ -121,6 +141,10 @@ class Backend(Protocol):
     ) -> None: ...
 
     def warm_up(self, head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None: ...
+
+    def warm_up_mixing(
+        self, hidden_size: int, config: DistillerConfig, dtype: torch.dtype, device: torch.device
+    ) -> None: ...
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from esamp_core import reference
 from esamp_core.base.checks import LOGIT_DTYPES, check_tensor, is_int, require
 from esamp_core.base.config import DistillerConfig, check_options
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, RowGroups
+from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, Mixed, RowGroups
 from esamp_core.ops.arguments import (
     check_activations,
     check_active,
     check_groups,
+    check_mixed_out,
     check_out,
     check_scratch,
     check_target,
@@ -77,6 +78,47 @@ def distiller_forward(
     check_out(out, shallow, weights.up.shape[2])
     check_scratch(scratch, shallow.device)
     return backend(shallow.device).distiller_forward(shallow, groups, weights, scale, out=out, scratch=scratch)
+
+
+def mix(
+    deep: Tensor,
+    activations: Activations,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    beta: Tensor,
+    *,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+    status: Tensor | None = None,
+) -> Mixed:
+    """Mix the prediction into the deep hidden states, before the model's own head: one launch.
+
+    ``pred = scale * (w * LayerNorm(y) + c)``, ``hidden = (1 + beta) * deep - beta * pred``, in float32, then the dtype
+    of deep.  With a linear head the logits are then those of reweighting every token, ``logit + beta * novelty``; with
+    a soft-cap they are ``cap((1 + beta) * x - beta * x')`` of the products x and x', which stays within the cap.
+
+    deep: [R, H] float32, bfloat16 or float16, the input of lm_head.  activations: from :func:`distiller_forward` for
+    the same rows, groups and weights; its mean and rstd are written again (the same numbers).  scale: float32 0-d
+    tensor, s.  beta: float32 [R]; a row with beta 0, or in no group, is deep's bit for bit.  active: bool [R], rows
+    that are mixed; default all.  out: [R, H] of deep's dtype, other memory than deep's, to write into; default new.
+    status: int32 [R], to which flags are added; default new.
+    A row whose mixed state is not finite is left as it is, and flagged (Status.NONFINITE_NOVELTY).
+    Returns :class:`Mixed`.  Raises ArgumentError.  Source: arXiv 2604.24927, appendix E.2.
+    """
+    slots, hidden = check_weights(weights)
+    device = weights.up.device
+    rows = check_activations("activations", activations, None, hidden, weights.up.shape[2], device)
+    check_tensor("deep", deep, (rows, hidden), device)
+    require(deep.dtype in LOGIT_DTYPES, "deep", "be float32, bfloat16 or float16", deep.dtype)
+    check_tensor("scale", scale, (), device)
+    check_groups(groups, rows, slots, device)
+    check_tensor("beta", beta, (rows,), device)
+    check_active(active, rows, device)
+    check_mixed_out(out, status, deep)
+    return backend(device).mix(
+        deep, activations, groups, weights, scale, beta, active=active, out=out, status=status
+    )
 
 
 def distiller_step_(

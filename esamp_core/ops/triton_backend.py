@@ -4,17 +4,27 @@ On CPU tensors the kernels run only in Triton's interpreter, which must be switc
 anything imports them.
 """
 
-from esamp_core.ops.triton_distiller import distiller_forward, distiller_scratch, distiller_step_
+from esamp_core.ops.triton_distiller import (
+    distiller_forward,
+    distiller_norm_,
+    distiller_scratch,
+    distiller_step_,
+    mix,
+    warm_up_mixing,
+)
 from esamp_core.ops.triton_sampling import draw, explore, reweight, score_candidates, select_candidates, warm_up
 
 __all__ = [
     "distiller_forward",
+    "distiller_norm_",
     "distiller_scratch",
     "distiller_step_",
     "draw",
     "explore",
+    "mix",
     "reweight",
     "score_candidates",
     "select_candidates",
     "warm_up",
+    "warm_up_mixing",
 ]

@@ -7,8 +7,17 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, RowGroups, unit_stride
-from esamp_core.kernels.distiller.ops import forward_op, scratch_size, step_op
+from esamp_core.base.tensors import (
+    Activations,
+    DistillerState,
+    DistillerWeights,
+    Head,
+    Mixed,
+    RowGroups,
+    unit_stride,
+)
+from esamp_core.kernels.distiller.ops import forward_op, mix_op, norm_op, scratch_size, step_op
+from esamp_core.kernels.warm_up import warm_up_distiller
 from esamp_core.reference.distiller import learning_rates
 
 
@@ -49,13 +58,50 @@ def distiller_forward(
     *,
     out: Activations | None = None,
     scratch: Tensor | None = None,
+    norm: bool = True,
 ) -> Activations:
     _check_weights("weights", weights, (torch.float32, torch.bfloat16))
     rows, hidden = shallow.shape
     saved = Activations.empty(rows, hidden, weights.up.shape[2], shallow.device) if out is None else out
     scratch = _scratch(scratch, weights, rows)
-    forward_op(unit_stride(shallow.detach()), *_groups(groups), list(weights), scale, list(saved), scratch)
+    forward_op(unit_stride(shallow.detach()), *_groups(groups), list(weights), scale, list(saved), scratch, norm)
     return saved
+
+
+def distiller_norm_(activations: Activations, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> None:
+    norm_op(*_groups(groups), list(weights), scale, list(activations))
+
+
+def mix(
+    deep: Tensor,
+    activations: Activations,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    beta: Tensor,
+    *,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+    status: Tensor | None = None,
+) -> Mixed:
+    _check_weights("weights", weights, (torch.float32, torch.bfloat16))
+    deep = unit_stride(deep.detach())
+    hidden = torch.empty(deep.shape, dtype=deep.dtype, device=deep.device) if out is None else out
+    flags = torch.zeros(deep.shape[0], dtype=torch.int32, device=deep.device) if status is None else status
+    mix_op(
+        deep,
+        activations.y.contiguous(),
+        list(weights),
+        scale,
+        beta.float().contiguous(),
+        None if active is None else active.contiguous(),
+        *_groups(groups),
+        activations.mean,
+        activations.rstd,
+        hidden,
+        flags,
+    )
+    return Mixed(hidden, flags)
 
 
 def distiller_step_(
@@ -93,4 +139,11 @@ def distiller_step_(
         config.momentum,
         config.clip,
         _scratch(scratch, state.weights, rows),
+    )
+
+
+def warm_up_mixing(hidden_size: int, config: DistillerConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Run every kernel of a Distiller once, and mix for deep states of this dtype."""
+    warm_up_distiller(
+        hidden_size, config.rank, config.weight_dtype, config.momentum > 0, device=device, mixed_dtype=dtype
     )

@@ -11,12 +11,22 @@ from esamp_core.reference.candidates import (
     scale_logits,
     select_candidates,
 )
-from esamp_core.reference.distiller import distiller_forward, distiller_scratch, distiller_step_, group_rows, warm_up
+from esamp_core.reference.distiller import (
+    distiller_forward,
+    distiller_norm_,
+    distiller_scratch,
+    distiller_step_,
+    group_rows,
+    mix,
+    warm_up,
+    warm_up_mixing,
+)
 from esamp_core.reference.sampling import draw, explore, replay, reweight, score_candidates, transform_scores
 
 __all__ = [
     "clean_logits",
     "distiller_forward",
+    "distiller_norm_",
     "distiller_scratch",
     "distiller_step_",
     "draw",
@@ -25,6 +35,7 @@ __all__ = [
     "group_rows",
     "invalid_params",
     "kept_mask",
+    "mix",
     "replay",
     "reweight",
     "scale_logits",
@@ -32,4 +43,5 @@ __all__ = [
     "select_candidates",
     "transform_scores",
     "warm_up",
+    "warm_up_mixing",
 ]

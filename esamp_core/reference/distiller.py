@@ -9,7 +9,15 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.philox import DOMAIN_ROUNDING, philox
-from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, RowGroups
+from esamp_core.base.tensors import (
+    Activations,
+    DistillerState,
+    DistillerWeights,
+    Head,
+    Mixed,
+    RowGroups,
+    Status,
+)
 
 LAYER_NORM_EPS = 1e-5
 RMS_FLOOR = 1e-6
@@ -68,7 +76,9 @@ def distiller_forward(
     *,
     out: Activations | None = None,
     scratch: Tensor | None = None,
+    norm: bool = True,
 ) -> Activations:
+    """norm: False leaves mean, rstd and pred of rows with a slot to :func:`mix` or :func:`distiller_norm_`."""
     saved = out
     if saved is None:
         rows, hidden = shallow.shape
@@ -82,13 +92,58 @@ def distiller_forward(
         up = x @ _matrix(weights.up, slot)
         gate = x @ _matrix(weights.gate, slot) + weights.gate_bias[slot]
         y = x + (up * torch.nn.functional.silu(gate)) @ _matrix(weights.down, slot)
-        mean = y.mean(-1)
-        rstd = torch.rsqrt(y.var(-1, correction=0) + LAYER_NORM_EPS)
-        normed = (y - mean[:, None]) * rstd[:, None]
-        pred = scale * (weights.norm_weight[slot] * normed + weights.norm_bias[slot])
-        for name, value in dict(x=x, up=up, gate=gate, y=y, mean=mean, rstd=rstd, pred=pred).items():
+        for name, value in dict(x=x, up=up, gate=gate, y=y).items():
             getattr(saved, name).index_copy_(0, members, value)
+    if norm:
+        distiller_norm_(saved, groups, weights, scale)
     return saved
+
+
+def _layer_norm(y: Tensor, weights: DistillerWeights, slot: int, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean [R], rstd [R] and pred [R, H] of one slot's rows y [R, H]."""
+    mean = y.mean(-1)
+    rstd = torch.rsqrt(y.var(-1, correction=0) + LAYER_NORM_EPS)
+    normed = (y - mean[:, None]) * rstd[:, None]
+    return mean, rstd, scale * (weights.norm_weight[slot] * normed + weights.norm_bias[slot])
+
+
+def distiller_norm_(activations: Activations, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> None:
+    """The forward's last part: mean, rstd and pred from y, in place."""
+    for slot, members in _each_group(groups):
+        mean, rstd, pred = _layer_norm(activations.y[members], weights, slot, scale)
+        for name, value in dict(mean=mean, rstd=rstd, pred=pred).items():
+            getattr(activations, name).index_copy_(0, members, value)
+
+
+def mix(
+    deep: Tensor,
+    activations: Activations,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    beta: Tensor,
+    *,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+    status: Tensor | None = None,
+) -> Mixed:
+    hidden = torch.empty_like(deep) if out is None else out
+    flags = torch.zeros(deep.shape[0], dtype=torch.int32, device=deep.device) if status is None else status
+    hidden.copy_(deep)
+    for slot, members in _each_group(groups):
+        mean, rstd, pred = _layer_norm(activations.y[members], weights, slot, scale)
+        activations.mean.index_copy_(0, members, mean)
+        activations.rstd.index_copy_(0, members, rstd)
+        strength = beta[members, None].to(pred.dtype)
+        mixed = ((1 + strength) * deep[members].to(pred.dtype) - strength * pred).to(deep.dtype)
+        explores = beta[members] != 0
+        if active is not None:
+            explores = explores & active[members]
+        # Also a state that leaves its dtype: float16 ends at 65504.
+        bad = explores & ~torch.isfinite(mixed).all(-1)
+        flags.index_copy_(0, members, flags[members] | torch.where(bad, int(Status.NONFINITE_NOVELTY), 0).int())
+        hidden.index_copy_(0, members, torch.where((explores & ~bad)[:, None], mixed, deep[members]))
+    return Mixed(hidden, flags)
 
 
 def feature_size(rank: int, hidden_size: int) -> float:
@@ -234,3 +289,7 @@ def stochastic_round(x: Tensor, seed: Tensor, update: Tensor, tensor_index: int)
 
 def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None:
     """Nothing here is compiled."""
+
+
+def warm_up_mixing(hidden_size: int, config: DistillerConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Nor here."""

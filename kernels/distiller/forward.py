@@ -170,18 +170,9 @@ def _expand_kernel(
         at += TILE
 
 
-@triton.jit(do_not_specialize=["num_groups"])
-def _norm_kernel(
-    y_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, order_ptr, slots_ptr, offsets_ptr, num_groups,
-    mean_ptr, rstd_ptr, pred_ptr,
-    H: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    position = tl.program_id(0)
-    if position >= tl.load(offsets_ptr + num_groups):
-        return
-    row = tl.load(order_ptr + position).to(tl.int64)
-    slot = tl.load(slots_ptr + group_of(position, offsets_ptr, num_groups)).to(tl.int64)
-    scale = tl.load(scale_ptr).to(tl.float32)
+@triton.jit
+def layer_norm_statistics(y_ptr, row, mean_ptr, rstd_ptr, H: tl.constexpr, WIDE: tl.constexpr):
+    """mean and rstd of a row of y, kept too."""
     sums = tl.zeros((WIDE,), tl.float32)
     for start in range(0, H, WIDE):
         h = start + tl.arange(0, WIDE)
@@ -195,12 +186,35 @@ def _norm_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(sums, 0) / H + LAYER_NORM_EPS)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
+    return mean, rstd
+
+
+@triton.jit
+def prediction(y_ptr, norm_weight_ptr, norm_bias_ptr, row, slot, h, mean, rstd, scale, H: tl.constexpr):
+    """pred at the hidden units h of a row: scale * (w * LayerNorm(y) + c)."""
+    normed = (tl.load(y_ptr + row * H + h, mask=h < H, other=0.0) - mean) * rstd
+    w = tl.load(norm_weight_ptr + slot * H + h, mask=h < H, other=0.0)
+    c = tl.load(norm_bias_ptr + slot * H + h, mask=h < H, other=0.0)
+    return scale * (w * normed + c)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _norm_kernel(
+    y_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, order_ptr, slots_ptr, offsets_ptr, num_groups,
+    mean_ptr, rstd_ptr, pred_ptr,
+    H: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0)
+    if position >= tl.load(offsets_ptr + num_groups):
+        return
+    row = tl.load(order_ptr + position).to(tl.int64)
+    slot = tl.load(slots_ptr + group_of(position, offsets_ptr, num_groups)).to(tl.int64)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    mean, rstd = layer_norm_statistics(y_ptr, row, mean_ptr, rstd_ptr, H, WIDE)
     for start in range(0, H, WIDE):
         h = start + tl.arange(0, WIDE)
-        normed = (tl.load(y_ptr + row * H + h, mask=h < H, other=0.0) - mean) * rstd
-        w = tl.load(norm_weight_ptr + slot * H + h, mask=h < H, other=0.0)
-        c = tl.load(norm_bias_ptr + slot * H + h, mask=h < H, other=0.0)
-        tl.store(pred_ptr + row * H + h, scale * (w * normed + c), mask=h < H)
+        pred = prediction(y_ptr, norm_weight_ptr, norm_bias_ptr, row, slot, h, mean, rstd, scale, H)
+        tl.store(pred_ptr + row * H + h, pred, mask=h < H)
 
 
 def precision_of(weights: Tensor) -> str:
@@ -240,20 +254,22 @@ def distiller_forward_triton(
     out: Sequence[Tensor],
     scratch: Tensor,
     config: Config,
+    norm: bool = True,
 ) -> None:
-    """Write float32 x [R, H], up [R, r], gate [R, r], y [R, H], mean [R], rstd [R], pred [R, H] into out.
+    """Write float32 x [R, H], up [R, r], gate [R, r], y [R, H], mean [R], rstd [R], pred [R, H] into out; without norm
+    not the last three of rows in a group, which mix or distiller_norm_triton writes.
 
     shallow [R, H] with unit column stride; order [R], slots [G], offsets [G + 1] int32; weights A, G [S, H, r],
     B [S, r, H] of one dtype, b [S, r], w, c [S, H] float32, all contiguous, out too; scale 0-d; scratch: float32 [N],
     room for forward_scratch.
     """
     rows, hidden = shallow.shape
-    up, gate, down, bias, norm_weight, norm_bias = weights
+    up, gate, down, bias = weights[:4]
     rank, num_groups = up.shape[2], slots.shape[0]
     assert all(t.is_contiguous() for t in (*weights, order, slots, offsets)) and up.dtype == gate.dtype == down.dtype
     assert all(t.is_contiguous() and t.dtype == torch.float32 for t in out)
     assert shallow.stride(1) == 1 or hidden == 1
-    x, row_up, row_gate, y, mean, rstd, pred = out
+    x, row_up, row_gate, y, _, _, pred = out
     assert x.shape == y.shape == pred.shape == (rows, hidden) and row_up.shape == row_gate.shape == (rows, rank)
     if rows == 0:
         return
@@ -277,7 +293,21 @@ def distiller_forward_triton(
     _expand_kernel[(num_groups, -(-hidden // size["hidden"]))](
         shallow, shallow.stride(0), rms, row_up, row_gate, down, *groups, x, y, **shape, **matrix, **launch
     )
+    if norm:
+        distiller_norm_triton(order, slots, offsets, weights, scale, out, config)
+
+
+def distiller_norm_triton(
+    order: Tensor, slots: Tensor, offsets: Tensor, weights: Sequence[Tensor], scale: Tensor, out: Sequence[Tensor],
+    config: Config,
+) -> None:  # fmt: skip
+    """Write mean [R], rstd [R] and pred [R, H] of rows in a group into out, from its y."""
+    y, mean, rstd, pred = out[3:]
+    rows, hidden = y.shape
+    if rows == 0:
+        return
+    wide = tiles(hidden, weights[0].shape[2], config)["wide"]
     _norm_kernel[(rows,)](
-        y, norm_weight, norm_bias, scale, *groups, num_groups, mean, rstd, pred,
-        H=hidden, WIDE=size["wide"], **row_launch,
+        y, weights[4], weights[5], scale, order, slots, offsets, slots.shape[0], mean, rstd, pred,
+        H=hidden, WIDE=wide, num_warps=config.distiller_row_warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """The Distiller's launches as opaque torch ops, so that torch.compile and graph recorders see what is written.
 
     distiller_forward   project, reduce, expand, norm
+    distiller_norm      norm alone, where the forward left it out
+    mix                 mix
     distiller_step      error, back, gates, settle, update
 
 Everything that outlives an op is the caller's: it is given, and written in place.
@@ -9,7 +11,8 @@ Everything that outlives an op is the caller's: it is given, and written in plac
 import torch
 from torch import Tensor
 
-from esamp_core.kernels.distiller.forward import distiller_forward_triton, forward_scratch
+from esamp_core.kernels.distiller.forward import distiller_forward_triton, distiller_norm_triton, forward_scratch
+from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.scratch import room
 from esamp_core.kernels.distiller.step import distiller_step_triton, step_scratch
 from esamp_core.kernels.tuning import Config, config_for, generation_of
@@ -36,12 +39,54 @@ def forward_op(
     scale: Tensor,
     out: list[Tensor],
     scratch: Tensor,
+    norm: bool,
 ) -> None:
     """out: x, up, gate, y, mean, rstd, pred."""
-    distiller_forward_triton(shallow, order, slots, offsets, weights, scale, out, scratch, config_of(weights[0]))
+    distiller_forward_triton(shallow, order, slots, offsets, weights, scale, out, scratch, config_of(weights[0]), norm)
 
 
 @forward_op.register_fake
+def _(*_):
+    pass
+
+
+@torch.library.custom_op("esamp::distiller_norm", mutates_args=("out",))
+def norm_op(
+    order: Tensor, slots: Tensor, offsets: Tensor, weights: list[Tensor], scale: Tensor, out: list[Tensor]
+) -> None:
+    """out: as above."""
+    distiller_norm_triton(order, slots, offsets, weights, scale, out, config_of(weights[0]))
+
+
+@norm_op.register_fake
+def _(*_):
+    pass
+
+
+@torch.library.custom_op("esamp::mix", mutates_args=("mean", "rstd", "out", "status"))
+def mix_op(
+    deep: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    scale: Tensor,
+    beta: Tensor,
+    active: Tensor | None,
+    order: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    status: Tensor,
+) -> None:
+    up, _, _, _, norm_weight, norm_bias = weights
+    mix_triton(
+        deep, y, norm_weight, norm_bias, scale, beta, active, (order, slots, offsets), mean, rstd, out, status,
+        up.shape[2], config_of(up),
+    )  # fmt: skip
+
+
+@mix_op.register_fake
 def _(*_):
     pass
 
