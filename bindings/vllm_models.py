@@ -1,16 +1,18 @@
-"""vLLM's model classes with a tap: the plugin's entry point, and the wrapper classes it registers.
+"""vLLM's model classes, tapped and mixing: the plugin's entry point, and the wrapper classes it registers.
 
 ``register`` re-registers every text-generation architecture under its own name, so that all of vLLM's tables for it
-stay valid, with a subclass made when it is first asked for.  In an engine without ``additional_config["esamp"]`` the
+stay valid, with a subclass made when it is first asked for.  In an engine that is not configured to explore the
 subclass changes nothing.  Otherwise the model also outputs its hidden state after an early block (vLLM's interface for
 auxiliary hidden states) and each token's position, as further columns of its hidden state.  So they pass through
-whatever the engine does to it, compiled or captured, and ``compute_logits`` finds them beside the rows to be sampled.
+whatever the engine does to it, compiled or captured, and ``compute_logits`` finds them beside the rows to be sampled,
+whose deep states it mixes before the head sees them.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,9 @@ from torch import Tensor
 from esamp_core.base.checks import require
 from esamp_core.base.errors import UnsupportedModelError
 from esamp_core.base.versions import release, tried_versions, untried
-from esamp_core.bindings.vllm_config import PluginConfig, check_engine, is_configured
-from esamp_core.bindings.vllm_head import make_explorer
-from esamp_core.explorer import Explorer
+from esamp_core.bindings.vllm_config import PluginConfig, adopt_switch, check_engine, settings_of
+from esamp_core.bindings.vllm_mixing import Mixer
+from esamp_core.bindings.vllm_state import mixing_state
 
 SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # A position as digits, each of them exact in any float format.
@@ -29,33 +31,17 @@ DIGIT, DIGITS = 128, 4
 _bases: dict[str, Any] = {}  # architecture -> vLLM's own registry entry
 
 
-class TappedRows(NamedTuple):
-    """What the model computed for the rows to be sampled."""
-
-    shallow: Tensor  # [R, H]
-    deep: Tensor  # [R, H]
-    position: Tensor  # int64 [R], of the token that was fed
-    logits: Tensor | None  # [R, V], a copy, where the engine is about to edit them
+_latest: Mixer | None = None
 
 
-class Tap:
-    """What passes between an engine's model and its logits processor."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        self.vllm_config = vllm_config
-        self.explorer: Explorer | None = None  # from when the weights are loaded
-        self.rows: TappedRows | None = None  # of the latest compute_logits
-        self.copy_logits = False
-
-
-_latest: Tap | None = None
-
-
-def tap_of(vllm_config: Any) -> Tap:
-    """The one Tap of an engine: its model and its processor are given the same configuration object."""
+def mixer_of(vllm_config: Any) -> Mixer | None:
+    """The one Mixer of an engine, whose parts are all given the same configuration object; None if it is not to
+    explore."""
     global _latest
+    if settings_of(vllm_config) is None:
+        return None
     if _latest is None or _latest.vllm_config is not vllm_config:
-        _latest = Tap(vllm_config)
+        _latest = Mixer(vllm_config)
     return _latest
 
 
@@ -91,54 +77,67 @@ def __getattr__(name: str) -> Any:
 
 
 def explored(base: Any, name: str) -> Any:
-    """A subclass of a vLLM model class that taps, in an engine that is configured to explore."""
+    """A subclass of a vLLM model class that taps and mixes, in an engine that is configured to explore."""
 
     class Explored(base):
-        esamp_tap: Tap | None = None  # stays None in an engine that is not configured to explore: then all is vLLM's
+        esamp_mixer: Mixer | None = None  # stays None in an engine that is not configured to explore: all is vLLM's
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            if not is_configured(vllm_config):
+            # One with a prefix is part of another model, or the draft model beside it.
+            if settings_of(vllm_config) is None or prefix:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 return
             check_engine(vllm_config)
             check_architecture(base)
+            adopt_switch(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             model_config = vllm_config.model_config
-            self.esamp_tap = tap_of(vllm_config)
+            self.esamp_mixer = mixer_of(vllm_config)
             self.esamp_hidden = int(model_config.get_hidden_size())
+            self.esamp_dtype = model_config.dtype
             layers, layer = model_config.get_total_num_hidden_layers(), PluginConfig.read(vllm_config).shallow_layer
             require(layer < layers - 1, "esamp.shallow_layer", f"be below {layers - 1}", layer)
             # vLLM counts the states between the blocks: 0 is the embedding, 1 the first block's output.
             self.set_aux_hidden_state_layers((layer + 1,))
+            own = getattr(super(), "get_model_state_cls", None)
+            # Of the instance: vLLM's V2 runner looks whether a model has one.
+            self.get_model_state_cls = lambda: mixing_state(self, vllm_config, own)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            if self.esamp_tap is None or not isinstance(output, tuple):
-                return output  # where the tap did not run, the processor says so
+            if self.esamp_mixer is None or not isinstance(output, tuple):
+                return output  # where the tap did not run, the mixer says so
             deep, (shallow,) = output
             positions = kwargs["positions"] if "positions" in kwargs else args[1]
             return torch.cat((deep, shallow.to(deep.dtype), _digits(positions, deep.dtype)), dim=-1)
 
         def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tap = self.esamp_tap
-            if tap is None or hidden_states.shape[-1] != 2 * self.esamp_hidden + DIGITS:
+            mixer = self.esamp_mixer
+            if mixer is None or hidden_states.shape[-1] != 2 * self.esamp_hidden + DIGITS:
                 return super().compute_logits(hidden_states, *args, **kwargs)
             deep, shallow, digits = torch.split(hidden_states, [self.esamp_hidden, self.esamp_hidden, DIGITS], dim=-1)
-            deep = deep.contiguous()
-            logits = super().compute_logits(deep, *args, **kwargs)
-            tap.rows = TappedRows(shallow, deep, _position(digits), logits.clone() if tap.copy_logits else None)
-            return logits
+            mixed = mixer.mix(self, shallow, deep.contiguous(), _position(digits), _adapters(self, len(deep)))
+            return super().compute_logits(mixed, *args, **kwargs)
 
         def eval(self) -> Any:
-            # The loader calls this last, when the weights are what they will be: the head can be read from here on.
-            tap = self.esamp_tap
-            if tap is not None and tap.explorer is None:
-                tap.explorer = make_explorer(self, super().compute_logits, tap.vllm_config)
+            # The loader calls this last, when the weights are what they will be, and before memory is measured.
+            if self.esamp_mixer is not None and self.esamp_mixer.explorer is None:
+                self.esamp_mixer.start(self, next(self.parameters()).device, self.esamp_dtype)
             return super().eval()
 
     Explored.__name__ = Explored.__qualname__ = name
     Explored.__module__ = __name__
     return Explored
+
+
+def _adapters(model: Any, rows: int) -> Sequence[int] | None:
+    """The LoRA adapter of every row, 0 for none: the V1 runner tells it to nobody else.  None without adapters."""
+    manager = getattr(model, "lora_manager", None)
+    if manager is None:
+        return None
+    mapping: Sequence[int] = manager._last_mapping.prompt_mapping
+    assert len(mapping) >= rows, f"vLLM mapped {len(mapping)} rows to adapters, {rows} are sampled"
+    return mapping[:rows]
 
 
 def _digits(positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Real engines on tiny models, and the transformers forward that they are compared with."""
+"""Real engines on tiny models, and what transformers and float64 say of the same tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
-from esamp_core.bindings.vllm_plugin import ExploratoryProcessor
+from esamp_core.bindings import vllm_models
+from esamp_core.bindings.vllm_mixing import Mixer
+from esamp_core.explorer.start import start_weights
+from esamp_core.reference import distiller as reference_distiller
+from esamp_core.sample import DistillerConfig, DistillerState, DistillerWeights, group_rows
 
-PROCESSOR = "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"
 MAX_LEN = 128
 PROMPTS = ["hello", "world, abc", "x" * 20, "another prompt", "q", "long prompt number seven", "zz", "hello"]
 
@@ -20,46 +23,63 @@ _alive: list[LLM] = []  # an engine that goes away takes the process groups of a
 
 
 class Row(NamedTuple):
-    """What reached the draw for one row of one step."""
+    """What was mixed for one row of one step."""
 
     group: Any
     position: int  # of the token that was fed
     shallow: Tensor
     deep: Tensor
-    logits: Tensor  # as they came to us
-    model_logits: Tensor | None  # the untouched ones, where the engine edits them
-    token: int
+    mixed: Tensor
+    teaches: bool
 
 
-class CapturingProcessor(ExploratoryProcessor):
-    """Writes down what it draws from."""
+class CapturingMixer(Mixer):
+    """Writes down what it mixes."""
 
     captured: ClassVar[list[Row]] = []
     resumed: ClassVar[int] = 0  # requests that came back with tokens drawn before
 
-    def _request(self, asked: Any, prompt_length: int, drawn: int, read_prompt: Any) -> Any:
-        CapturingProcessor.resumed += drawn > 0
-        return super()._request(asked, prompt_length, drawn, read_prompt)
+    def join(self, key: int, params: Any, prompt: Any, fed: int, adapter: int | None = None) -> None:
+        CapturingMixer.resumed += fed > len(prompt or ())
+        super().join(key, params, prompt, fed, adapter)
 
-    def _draw(self, explorer: Any, logits: Any, tapped: Any, index: Any) -> Any:
-        edited = None if tapped.logits is None else tapped.logits.clone()
-        seen = logits.clone()
-        draw = super()._draw(explorer, logits, tapped, index)
-        places = list(range(len(seen))) if index is None else index.tolist()
-        for i, (place, request) in enumerate(zip(places, self._batch.requests, strict=True)):
-            if draw.token_ids[i] >= 0:
-                states = [t[place].clone().float() for t in (tapped.shallow, tapped.deep, seen)]
-                model_logits = None if edited is None else edited[place]
-                group, position = request.asked.group, int(tapped.position[place])
-                row = Row(group, position, *states, model_logits, int(draw.token_ids[i]))
-                self.captured.append(row)
-        return draw
+    def _step(self, keys: Any, present: Any, shallow: Tensor, deep: Tensor, position: Tensor, adapters: Any) -> Tensor:
+        seen = shallow.clone().float(), deep.clone().float()
+        self._rows: list[tuple[int, Any, int, Tensor, Tensor, Tensor]] = []
+        mixed = super()._step(keys, present, shallow, deep, position, adapters)
+        assert torch.equal(deep.float(), seen[1])  # the engine's own buffer is only read
+        for i, request in enumerate(present):
+            if request is not None and not request.plain and int(position[i]) + 1 >= request.fed:
+                self._rows.append((i, request.asked.group, int(position[i]), seen[0][i], seen[1][i], mixed[i].clone()))
+            else:
+                assert torch.equal(mixed[i], deep[i])
+        if not self.speculates:
+            self._write([True] * len(present))
+        return mixed
+
+    def accept(self, accepted: Tensor | None) -> None:
+        if accepted is not None and self._staged is not None:
+            of, ordinal = self._batch.sequence
+            self._write((ordinal < accepted[of]).tolist())
+        super().accept(accepted)
+
+    def _write(self, teaches: list[bool]) -> None:
+        CapturingMixer.captured += [Row(*row, teaches[i]) for i, *row in self._rows]
 
 
-def make_llm(model: str, esamp: dict[str, Any] | None = None, **options: Any) -> LLM:
+vllm_models.Mixer = CapturingMixer  # type: ignore[misc]
+
+
+def mixer() -> Mixer:
+    """The latest engine's."""
+    assert vllm_models._latest is not None
+    return vllm_models._latest
+
+
+def make_llm(model: str, esamp: Any = None, **options: Any) -> LLM:
     """An engine in this process.  esamp: the plugin's settings; None is an engine without it."""
     if esamp is not None:
-        options = {"logits_processors": [PROCESSOR], "additional_config": {"esamp": esamp}, **options}
+        options = {"additional_config": {"esamp": esamp}, **options}
     defaults = {
         "dtype": "float32",
         "max_model_len": MAX_LEN,
@@ -87,14 +107,18 @@ def params(i: int, **given: Any) -> SamplingParams:
     return SamplingParams(**{**common, **({"temperature": 0.0} if i % 3 == 1 else sampled), **given})
 
 
+def ask(llm: LLM, sampling: Sequence[SamplingParams], prompts: Sequence[str] | None = None, **given: Any) -> Any:
+    """vLLM's own results."""
+    texts = prompts or [PROMPTS[i % len(PROMPTS)] for i in range(len(sampling))]
+    inputs = [{"prompt_token_ids": tokenise(text)} for text in texts]
+    return llm.generate(inputs, list(sampling), use_tqdm=False, **given)
+
+
 def generate(
     llm: LLM, sampling: Sequence[SamplingParams], prompts: Sequence[str] | None = None
 ) -> list[list[list[int]]]:
     """Token ids of every sample of every prompt."""
-    texts = prompts or [PROMPTS[i % len(PROMPTS)] for i in range(len(sampling))]
-    inputs = [{"prompt_token_ids": tokenise(text)} for text in texts]
-    outputs = llm.generate(inputs, list(sampling), use_tqdm=False)
-    return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+    return [[list(sample.token_ids) for sample in output.outputs] for output in ask(llm, sampling, prompts)]
 
 
 @torch.no_grad()
@@ -119,19 +143,62 @@ def forward(model: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_rows(rows: list[Row], reference: Any, outputs: dict[Any, tuple[list[int], list[int]]]) -> None:
-    """Every token of every output was drawn from exactly the states that transformers has at its place.
+    """Every token of every output was drawn from a state that was mixed from what transformers has at its place, once.
 
     outputs: (prompt, output) of each group, which is of one request.
     """
     by_group = defaultdict(list)
     for row in rows:
-        by_group[row.group].append(row)
+        if row.teaches:
+            by_group[row.group].append(row)
     assert set(by_group) == set(outputs)
     for group, (prompt, output) in outputs.items():
-        positions = [row.position for row in by_group[group]]
+        # Of speculative decoding the last step may accept more than was asked for; the engine cuts it off.
+        positions = [row.position for row in by_group[group]][: len(output)]
         assert positions == list(range(len(prompt) - 1, len(prompt) + len(output) - 1)), group
-        assert [row.token for row in by_group[group]] == output
-        shallow, deep, logits = forward(reference, prompt + output)
-        for row in by_group[group]:
-            for got, want in ((row.shallow, shallow), (row.deep, deep), (row.logits, logits)):
-                torch.testing.assert_close(got, want[row.position], rtol=0, atol=1e-4)
+        shallow, deep, _ = forward(reference, prompt + output)
+        for row in by_group[group][: len(output)]:
+            for got, want in ((row.shallow, shallow), (row.deep, deep)):
+                torch.testing.assert_close(got, want[row.position].float(), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def expected_logits(
+    reference: Any, prompt: list[int], outputs: Sequence[Sequence[int]], beta: float, config: DistillerConfig | None
+) -> list[Tensor]:
+    """float64 [steps, V] of each output: siblings that start together, by the formulas, from transformers' states.
+
+    Nothing of the binding, the Explorer or the kernels is used.  config: None is the model without exploration.
+    """
+    whole = [forward(reference, [*prompt, *output]) for output in outputs]
+    first = len(prompt) - 1
+    if config is None:
+        return [logits[first : first + len(out)].double() for out, (_, _, logits) in zip(outputs, whole, strict=True)]
+    hidden = whole[0][0].shape[1]
+    weights = DistillerWeights(*(w.double()[None] for w in start_weights(hidden, config, torch.device("cpu"))))
+    zero = torch.zeros(1, dtype=torch.int64)
+    state = DistillerState(weights, None, zero, zero.clone(), zero.double(), zero.double(), zero.clone())
+    norm = reference.model.norm.weight.double()
+    scale = norm.square().mean().sqrt() if config.deep_scale is None else torch.tensor(config.deep_scale).double()
+    found: list[list[Tensor]] = [[] for _ in outputs]
+    for step in range(max(map(len, outputs))):
+        running = [i for i, output in enumerate(outputs) if step < len(output)]
+        shallow, deep = (torch.stack([whole[i][k][first + step] for i in running]).double() for k in (0, 1))
+        groups = group_rows(torch.zeros(len(running), dtype=torch.int64), 1)
+        saved = reference_distiller.distiller_forward(shallow, groups, state.weights, scale)
+        mixed = (1 + beta) * deep - beta * saved.pred
+        for i, row in zip(running, mixed @ reference.lm_head.weight.double().T, strict=True):
+            found[i].append(row)
+        reference_distiller.distiller_step_(state, saved, deep, groups, scale, config)
+    return [torch.stack(rows) for rows in found]
+
+
+def returned_logprobs(output: Any) -> Tensor:
+    """float64 [steps]: what the engine says of the tokens that it drew."""
+    chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return torch.tensor(chosen, dtype=torch.float64)
+
+
+def chosen(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """float64 [steps]: log-probabilities of tokens under softmax(logits)."""
+    return logits.log_softmax(-1).gather(1, torch.tensor(list(tokens))[:, None])[:, 0]

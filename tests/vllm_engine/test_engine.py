@@ -1,4 +1,4 @@
-"""The plugin in a real engine, on the V1 model runner: who is touched, what reaches the draw, what is drawn."""
+"""The plugin in a real engine: who is touched, what is mixed, and that the log-probabilities returned are right."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from engines import PROMPTS, check_rows, generate, params, tokenise
+from conftest import V2, in_transformers
+from engines import (
+    PROMPTS,
+    ask,
+    check_rows,
+    chosen,
+    expected_logits,
+    generate,
+    make_llm,
+    mixer,
+    params,
+    returned_logprobs,
+    tokenise,
+)
 from vllm import SamplingParams
 
-from esamp_core.decoder import generate as decode
-from esamp_core.sample import SamplingParams as OurParams
+from esamp_core.sample import DistillerConfig
 
+pytestmark = pytest.mark.both_runners
 COUNT = 10
+CONFIG = DistillerConfig()
 
 
 def keyed(i: int, beta: float = 1.0, **given: Any) -> SamplingParams:
@@ -25,11 +39,9 @@ def untouched(plain: Any) -> list[list[list[int]]]:
 
 
 def test_without_the_key_and_with_beta_0_the_engine_is_untouched(exploring: Any, untouched: Any, captured: Any) -> None:
-    sampling = [params(i, n=1 + 2 * (i % 3 == 0)) for i in range(COUNT)]
-    assert generate(exploring, sampling) == untouched
-    for given in sampling:
-        given.extra_args = {"esamp": {"beta": 0}}
-    assert generate(exploring, sampling) == untouched
+    for asked in (None, {"esamp": {"beta": 0}}, {"esamp": False}, {"esamp_beta": 0.0}):
+        sampling = [params(i, n=1 + 2 * (i % 3 == 0), extra_args=asked) for i in range(COUNT)]
+        assert generate(exploring, sampling) == untouched
     assert not captured
 
 
@@ -49,29 +61,59 @@ def test_rows_are_those_of_transformers(exploring: Any, reference: Any, captured
     check_rows(captured, reference, {f"r{i}": (prompts[i], outputs[i][0]) for i in range(COUNT)})
 
 
-def test_tokens_are_those_of_our_decoder(exploring: Any, reference: Any) -> None:
-    """Four siblings, seeds, learning and draw included, against the thin decoder on the transformers model."""
-    given = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "seed": 11}
-    sampling = [
-        SamplingParams(
-            **given,
-            max_tokens=20,
-            ignore_eos=True,
-            extra_args={"esamp": {"group": "g", "beta": 1.0, "sample_index": i}},
-        )
-        for i in range(4)
-    ]
-    outputs = generate(exploring, sampling, ["hello"] * 4)
-    decoded = decode(
-        reference,
-        torch.tensor([tokenise("hello")]),
-        n=4,
-        params=OurParams(**given, beta=1.0),
-        max_new_tokens=20,
-        stop_token_ids=(),
-        filter_order="vllm",
+@pytest.mark.parametrize("siblings", [1, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_returned_logprobs_are_those_of_the_mixed_model(
+    exploring: Any, reference: Any, siblings: int, temperature: float
+) -> None:
+    """Raw ones, at temperature 1 over the whole vocabulary: of every token that was drawn, learning included."""
+    sampling = SamplingParams(
+        n=siblings, temperature=temperature, max_tokens=24, seed=5, ignore_eos=True, logprobs=3,
+        extra_args={"esamp": {"beta": 0.7}},
+    )  # fmt: skip
+    (output,) = ask(exploring, [sampling], ["hello"])
+    tokens = [list(sample.token_ids) for sample in output.outputs]
+    want = expected_logits(reference, tokenise("hello"), tokens, 0.7, CONFIG)
+    base = expected_logits(reference, tokenise("hello"), tokens, 0.7, None)
+    frozen = expected_logits(reference, tokenise("hello"), tokens, 0.7, DistillerConfig(lr=0.0))
+    for sample, logits, plain, unlearned in zip(output.outputs, want, base, frozen, strict=True):
+        got = returned_logprobs(sample)
+        torch.testing.assert_close(got, chosen(logits, sample.token_ids), atol=2e-3, rtol=0)
+        # The tolerance can tell it from no exploration, and from a Distiller that does not learn.
+        assert (got - chosen(plain, sample.token_ids)).abs().max() > 0.2
+        assert (got - chosen(unlearned, sample.token_ids)).abs()[4:].max() > 0.02
+        for step, row in zip(sample.logprobs, logits.log_softmax(-1), strict=True):
+            for token, said in step.items():
+                assert abs(said.logprob - float(row[token])) < 2e-3
+
+
+def test_processed_logprobs_are_the_behaviour_policy(qwen3: str, reference: Any) -> None:
+    """Under logprobs_mode="processed_logprobs": softmax over what the request's own filters leave."""
+    llm = make_llm(qwen3, {"beta": 0.7}, logprobs_mode="processed_logprobs")
+    given = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02}
+    sampling = SamplingParams(**given, max_tokens=20, seed=3, ignore_eos=True, logprobs=0, extra_args={"esamp": True})
+    (output,) = ask(llm, [sampling], ["another prompt"])
+    (sample,) = output.outputs
+    (logits,) = expected_logits(reference, tokenise("another prompt"), [sample.token_ids], 0.7, CONFIG)
+    got = returned_logprobs(sample)
+    for step, (row, token) in enumerate(zip(logits / 0.8, sample.token_ids, strict=True)):
+        row = torch.where(row.softmax(-1) >= 0.02 * row.softmax(-1).max(), row, float("-inf"))
+        row = torch.where(row >= row.topk(12).values[-1], row, float("-inf"))
+        ascending, order = row.softmax(-1).sort()
+        row[order[ascending.cumsum(0) <= 1 - 0.9]] = float("-inf")
+        assert abs(float(got[step]) - float(row.log_softmax(-1)[token])) < 2e-3
+    assert (got - chosen(logits, sample.token_ids)).abs().max() > 0.05  # the raw ones are others
+
+
+def test_llama(llama: str) -> None:
+    sampling = SamplingParams(
+        n=3, temperature=1.0, max_tokens=12, seed=1, ignore_eos=True, logprobs=0, extra_args={"esamp_beta": 0.5}
     )
-    assert [output[0] for output in outputs] == [list(sample.token_ids) for sample in decoded]
+    (output,) = ask(make_llm(llama, {}), [sampling], ["world, abc"])
+    tokens = [list(sample.token_ids) for sample in output.outputs]
+    want = expected_logits(in_transformers(llama), tokenise("world, abc"), tokens, 0.5, CONFIG)
+    for sample, logits in zip(output.outputs, want, strict=True):
+        torch.testing.assert_close(returned_logprobs(sample), chosen(logits, sample.token_ids), atol=2e-3, rtol=0)
 
 
 def test_second_generate_starts_clean(exploring: Any) -> None:
@@ -95,3 +137,32 @@ def test_siblings_share_a_distiller_and_strangers_do_not(exploring: Any) -> None
     assert apart == alone
     assert together != alone
     assert generate(exploring, sampling, ["hello", "world"])[0] == alone[0]
+
+
+@pytest.mark.parametrize("switch", ["settings", "environment", "environment, an object"])
+def test_a_default_for_requests_that_do_not_say(
+    qwen3: str, untouched: Any, captured: Any, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    """Those that sample explore; greedy ones, and those that say no, are vLLM's."""
+    if switch == "settings":
+        llm = make_llm(qwen3, {"default": {"beta": 2.0}})
+    else:
+        monkeypatch.setenv("ESAMP_VLLM", "1" if switch == "environment" else '{"default": true, "beta": 2.0}')
+        llm = make_llm(qwen3)
+    assert mixer().config.default is not None and mixer().explorer is not None
+    sampling = [params(i, n=1 + 2 * (i % 3 == 0)) for i in range(COUNT)]
+    sampling[2].extra_args = {"esamp": False}
+    outputs = generate(llm, sampling)
+    changed = {i for i in range(COUNT) if outputs[i] != untouched[i]}
+    assert changed <= {i for i in range(COUNT) if i % 3 != 1 and i != 2} and len(changed) >= 3  # a token may be the same
+    assert len(captured) == sum(len(s) for i in range(COUNT) if i % 3 != 1 and i != 2 for s in outputs[i])
+
+
+def test_an_engine_that_is_not_set_up_says_so(plain: Any, untouched: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sampling = [params(i, n=1 + 2 * (i % 3 == 0), extra_args={"esamp": True}) for i in range(COUNT)]
+    assert generate(plain, sampling) == untouched
+    assert caplog.text.count("this engine is not set up for it") == 1
+
+
+def test_the_runner_is_the_one_that_was_asked_for(exploring: Any) -> None:
+    assert exploring.llm_engine.vllm_config.use_v2_model_runner == V2
