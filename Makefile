@@ -81,6 +81,8 @@ venv-vllm: $(VLLM_STAMP)
 .PHONY: test-vllm
 test-vllm: venv-vllm ## the vLLM binding in real engines on the CPU; builds .venv-vllm, an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest -n $(JOBS) --dist loadfile tests/vllm_engine $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 ESAMP_TEST_RUNNER=v2 $(VLLM_PYTHON) -m pytest -n $(JOBS) --dist loadfile \
+		tests/vllm_engine/test_engine.py tests/vllm_engine/test_schedules.py tests/vllm_engine/test_settings.py $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: venv ## the embedded model, vanilla against exploratory sampling

@@ -112,6 +112,10 @@ class Mixer:
             )
             self.explorer.warm_up(dtype)
 
+    def forget(self) -> None:
+        """The weights are others from now on: all groups start afresh."""
+        self._weights = None
+
     def mix(
         self, model: nn.Module, shallow: Tensor, deep: Tensor, position: Tensor, adapters: Sequence[int] | None
     ) -> Tensor:

@@ -119,6 +119,12 @@ def explored(base: Any, name: str) -> Any:
             mixed = mixer.mix(self, shallow, deep.contiguous(), _position(digits), _adapters(self, len(deep)))
             return super().compute_logits(mixed, *args, **kwargs)
 
+        def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+            loaded = super().load_weights(*args, **kwargs)
+            if self.esamp_mixer is not None:
+                self.esamp_mixer.forget()  # what Distillers learned is of the weights before
+            return loaded
+
         def eval(self) -> Any:
             # The loader calls this last, when the weights are what they will be, and before memory is measured.
             if self.esamp_mixer is not None and self.esamp_mixer.explorer is None:

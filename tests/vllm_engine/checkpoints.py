@@ -72,3 +72,26 @@ def make(name: str, folder: Path) -> str:
     model.float().eval().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return str(path)
+
+
+def make_adapter(model: str, folder: Path) -> str:
+    """Write a LoRA adapter of this checkpoint that changes nothing, as adapters are before training."""
+    import json
+
+    from safetensors.torch import save_file
+
+    path = folder / "adapter"
+    path.mkdir(exist_ok=True)
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none",
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "lora_dropout": 0.0,
+    }  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    hidden, out = SHAPE["hidden_size"], 64
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        tensors[name.format(layer, "A")] = torch.ones(4, hidden)
+        tensors[name.format(layer, "B")] = torch.zeros(out, 4)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return str(path)

@@ -12,8 +12,13 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def run(model: str, environment: dict[str, str], architecture_is_refused: bool = False, **options: Any) -> Any:
-    """run_engine.py's answer.  Greedy and sampled rows, uneven lengths; one row, a greedy one, is the engine's own."""
+def run(
+    model: str, environment: dict[str, str], architecture_is_refused: bool = False, esamp: Any = (), **options: Any
+) -> Any:
+    """run_engine.py's answer.  Greedy and sampled rows, uneven lengths; one row, a greedy one, is the engine's own.
+
+    esamp: the settings; () is {}, None leaves them to the environment.
+    """
     sampling = [
         {
             "max_tokens": 6 + 3 * i % 7,
@@ -21,11 +26,13 @@ def run(model: str, environment: dict[str, str], architecture_is_refused: bool =
             "ignore_eos": True,
             "temperature": 0.0 if i % 2 else 0.9,
             "min_p": 0.01,
+            "logprobs": 0,
             "extra_args": None if i == 3 else {"esamp": {"beta": 1.0}},
         }
         for i in range(6)
     ]
-    request = {"model": model, "esamp": {}, "options": options, "sampling": sampling, "distillers": True}
+    request = {"model": model, "esamp": {} if esamp == () else esamp, "options": options, "sampling": sampling, "distillers": True}
+    environment = {"ESAMP_VLLM": "", **environment}
     command = [sys.executable, str(HERE / "run_engine.py"), json.dumps(request)]
     # Distillers are read by a function that is sent to the workers.
     full = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment}

