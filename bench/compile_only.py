@@ -144,9 +144,11 @@ def launch_distiller(case: DistillerCase) -> None:
     scratch = new(scratch_size(rows, weights[0]))
     distiller_forward_triton(new(wide), *groups, weights, scale, saved, scratch, case.config)
     # Engines mix states of their own dtype; with extras some rows are switched off.
-    deep, mixing = new(wide, dtype=torch.bfloat16), new(rows, dtype=torch.bool) if case.extras else None
+    _, _, _, y, mean, rstd, _ = saved
+    deep, mixed = new(wide, dtype=torch.bfloat16), new(wide, dtype=torch.bfloat16)
+    mixing = new(rows, dtype=torch.bool) if case.extras else None
     mix_triton(
-        deep, saved[3], weights[4], weights[5], scale, new(rows), mixing, groups, saved[4], saved[5], new(wide).bfloat16(),
+        deep, y, weights[4], weights[5], scale, new(rows), mixing, groups, mean, rstd, mixed,
         new(rows, dtype=torch.int32), rank, case.config,
     )  # fmt: skip
     active, target = None, (new(wide), None, None, 1.0)

@@ -69,9 +69,7 @@ class Mixer:
         self._staged: tuple[Tensor, Rows] | None = None  # mixed, and not learned before drafts are accepted
         self._weights: tuple[object, ...] | None = None  # by which a change of them is noticed
 
-    def join(
-        self, key: int, params: Any, prompt: Sequence[int] | None, fed: int, adapter: int | None = None
-    ) -> None:
+    def join(self, key: int, params: Any, prompt: Sequence[int] | None, fed: int, adapter: int | None = None) -> None:
         """A request is in the batch from now on, under a key whose last holder is gone.  params: vLLM's, None for one
         that samples nothing."""
         self.requests.pop(key, None)

@@ -106,9 +106,7 @@ class Inputs:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "hidden", "slots"), [(0, 16, 2), (1, 17, 1), (9, 64, 3), (13, 333, 4), (5, 4111, 2)])
-def test_is_the_formula(
-    backend: str, device: str, rows: int, hidden: int, slots: int, dtype: torch.dtype
-) -> None:
+def test_is_the_formula(backend: str, device: str, rows: int, hidden: int, slots: int, dtype: torch.dtype) -> None:
     slot = torch.arange(rows) % (slots + 2) - 1 if rows > 1 else torch.zeros(rows, dtype=torch.long)
     Inputs(slot, hidden, slots, dtype, 3).check(device)
 
@@ -136,9 +134,9 @@ def test_strides_and_memory_given(backend: str, device: str) -> None:
     (want, _), deep = inputs.run(device), inputs.deep
     apart, across = torch.full((4, 50), 7.0).bfloat16(), torch.full((24, 4), 7.0).bfloat16()
     apart[:, 3:27], across.T[:] = deep, deep
-    for given in (apart[:, 3:27], across.T):
+    for tensor in (apart[:, 3:27], across.T):
         out, status = torch.full((4, 40), 7.0).bfloat16().to(device), torch.full((4,), 64, dtype=torch.int32).to(device)
-        got, _ = inputs.run(device, deep=given, out=out[:, 8:32], status=status)
+        got, _ = inputs.run(device, deep=tensor, out=out[:, 8:32], status=status)
         assert got.hidden.data_ptr() == out[:, 8:32].data_ptr() and got.status is status
         assert same_bits(out[:, 8:32].contiguous(), want.hidden) and status.tolist() == [64] * 4
         assert (out[:, :8] == 7).all() and (out[:, 32:] == 7).all()
@@ -376,7 +374,7 @@ def test_spread_rows_follow_those_they_came_from() -> None:
     ("make_wrong", "error", "match"),
     [
         (lambda: Explorer(None, 8), ArgumentError, "device must be given"),
-        (lambda: Explorer(None, 8, DistillerConfig(target="choice"), device="cpu"), ArgumentError, "head must be given"),
+        (lambda: mixing(config=DistillerConfig(target="choice")), ArgumentError, "head must be given"),
         (lambda: Explorer(Head(torch.zeros(3, 8)), 8, device="cpu"), ArgumentError, "device must be left out"),
         (lambda: mixing().warm_up(torch.int8), ArgumentError, "dtype must be one of"),
     ],

@@ -116,9 +116,7 @@ def mix(
     check_tensor("beta", beta, (rows,), device)
     check_active(active, rows, device)
     check_mixed_out(out, status, deep)
-    return backend(device).mix(
-        deep, activations, groups, weights, scale, beta, active=active, out=out, status=status
-    )
+    return backend(device).mix(deep, activations, groups, weights, scale, beta, active=active, out=out, status=status)
 
 
 def distiller_step_(

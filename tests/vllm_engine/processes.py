@@ -31,7 +31,8 @@ def run(
         }
         for i in range(6)
     ]
-    request = {"model": model, "esamp": {} if esamp == () else esamp, "options": options, "sampling": sampling, "distillers": True}
+    settings = {} if esamp == () else esamp
+    request = {"model": model, "esamp": settings, "options": options, "sampling": sampling, "distillers": True}
     environment = {"ESAMP_VLLM": "", **environment}
     command = [sys.executable, str(HERE / "run_engine.py"), json.dumps(request)]
     # Distillers are read by a function that is sent to the workers.

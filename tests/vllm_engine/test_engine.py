@@ -154,7 +154,8 @@ def test_a_default_for_requests_that_do_not_say(
     sampling[2].extra_args = {"esamp": False}
     outputs = generate(llm, sampling)
     changed = {i for i in range(COUNT) if outputs[i] != untouched[i]}
-    assert changed <= {i for i in range(COUNT) if i % 3 != 1 and i != 2} and len(changed) >= 3  # a token may be the same
+    assert changed <= {i for i in range(COUNT) if i % 3 != 1 and i != 2}
+    assert len(changed) >= 3  # short ones may be the same
     assert len(captured) == sum(len(s) for i in range(COUNT) if i % 3 != 1 and i != 2 for s in outputs[i])
 
 

@@ -16,9 +16,7 @@ from esamp_core.sample import GroupStats, Status
 
 def mixed(betas: list[float], flags: list[int], active: list[bool]) -> Any:
     status = torch.tensor(flags, dtype=torch.int32)
-    return SimpleNamespace(
-        active=torch.tensor(active), params=SimpleNamespace(beta=torch.tensor(betas)), status=status
-    )
+    return SimpleNamespace(active=torch.tensor(active), params=SimpleNamespace(beta=torch.tensor(betas)), status=status)
 
 
 def explorer(*updates: int) -> Any:

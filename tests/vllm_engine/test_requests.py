@@ -172,9 +172,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
         ({"enable_adaptive_verification": True}, "1", "adaptive verification"),
     ],
 )
-def test_engine_is_refused(
-    qwen3: str, given: dict[str, Any], v2: str, complaint: str
-) -> None:
+def test_engine_is_refused(qwen3: str, given: dict[str, Any], v2: str, complaint: str) -> None:
     options = {k: v for k, v in given.items() if k in ("pipeline_parallel_size", "runner")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -201,8 +199,8 @@ def test_speculators_of_tokens_are_accepted_in_v2(qwen3: str, method: str) -> No
     config = engine_config(qwen3, {})
     drafts = SimpleNamespace(method=method, enable_adaptive_verification=False)
     names = ("additional_config", "model_config", "parallel_config")
-    fake = SimpleNamespace(**{k: getattr(config, k) for k in names}, speculative_config=drafts, use_v2_model_runner=True)
-    check_engine(fake)
+    same = {name: getattr(config, name) for name in names}
+    check_engine(SimpleNamespace(**same, speculative_config=drafts, use_v2_model_runner=True))
 
 
 def test_architecture_without_the_interface_is_refused() -> None:
@@ -230,5 +228,3 @@ def test_adapters_that_do_not_fit_the_rows_are_noticed() -> None:
     assert _adapters(SimpleNamespace(lora_manager=mapping), 2) == (1, 0) and _adapters(SimpleNamespace(), 2) is None
     with pytest.raises(AssertionError, match="vLLM mapped 2 rows to adapters, 3 are sampled"):
         _adapters(SimpleNamespace(lora_manager=mapping), 3)
-
-

@@ -47,7 +47,8 @@ def test_chunked_prefill_and_prompt_logprobs(qwen3: str, reference: Any, capture
     # Those of the prompt are the model's own: its head is asked for more states, which are not to be sampled.
     sampling = [named(i, seed=None, prompt_logprobs=0, logprobs=0) for i in range(3)]
     results = ask(llm, sampling, prompts[:3])
-    check_rows(captured, reference, {i: (tokenise(prompts[i]), list(r.outputs[0].token_ids)) for i, r in enumerate(results)})
+    drawn = [list(result.outputs[0].token_ids) for result in results]
+    check_rows(captured, reference, {i: (tokenise(prompts[i]), drawn[i]) for i in range(3)})
     for i, result in enumerate(results):
         tokens = tokenise(prompts[i])
         (logits,) = expected_logits(reference, tokens[:1], [tokens[1:]], 0.0, None)

@@ -91,7 +91,8 @@ def served(request: pytest.FixtureRequest, qwen3: str, tmp_path_factory: pytest.
 
 def ask(served: Served, esamp: Any = None, **given: Any) -> Any:
     """What a client of OpenAI's sends; esamp: what one that knows of us adds."""
-    options: dict[str, Any] = {"prompt": "hello", "max_tokens": 12, "temperature": 0.9, "seed": 7, "n": 4, "logprobs": 0}
+    options: dict[str, Any] = {"prompt": "hello", "max_tokens": 12, "temperature": 0.9, "seed": 7, "n": 4}
+    options["logprobs"] = 0
     if esamp is not None:
         options["extra_body"] = {"vllm_xargs": esamp}
     return served.client.completions.create(model="tiny", **{**options, **given})
@@ -185,7 +186,7 @@ def test_shuts_down_cleanly(served: Served) -> None:
 
 def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from vllm import" in block)
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from vllm import" in text)
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     # What the other tests set to start faster, a reader does not.

@@ -1,4 +1,4 @@
-"""Every sampling setting that vLLM has, in a request that explores: it works as ever, on log-probabilities that are right.
+"""Every sampling setting of vLLM, in a request that explores: it works as ever, and log-probabilities are right.
 
 docs/vllm.md lists them; each of its rows is a test here.
 """
@@ -17,13 +17,13 @@ import torch
 from conftest import V2
 from engines import ask, chosen, expected_logits, make_llm, returned_logprobs, tokenise
 from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
 from esamp_core.sample import DistillerConfig
 
 pytestmark = pytest.mark.both_runners
 BETA, STEPS, PROMPT = 0.5, 16, "another prompt"
-ALLOWED, LETTERS = list(range(20, 60)), "abcdefghijklmnopqrstuvwxyz"
+ALLOWED = list(range(20, 60))
 TABLE = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 
@@ -31,66 +31,88 @@ def ids(result: Any) -> list[int]:
     return list(result.outputs[0].token_ids)
 
 
-def repeats(result: Any) -> int:
-    return len(ids(result)) - len(set(ids(result)))
-
-
 def drawn_logprobs(result: Any) -> torch.Tensor:
     return returned_logprobs(result.outputs[0])
 
 
-# Setting -> what is asked for, and what must be true of the result then.
-WORKS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
-    "n": ({"n": 3}, lambda r: len({tuple(sample.token_ids) for sample in r.outputs}) == 3),
-    "presence_penalty": ({"presence_penalty": 2.0, "max_tokens": 40}, lambda r: repeats(r) <= 8),
-    "frequency_penalty": ({"frequency_penalty": 2.0, "max_tokens": 40}, lambda r: repeats(r) <= 8),
-    "repetition_penalty": (
-        {"repetition_penalty": 50.0, "temperature": 0.3},
-        lambda r: not set(ids(r)) & set(tokenise(PROMPT)) and repeats(r) == 0,
-    ),
-    "temperature": ({"temperature": 0.3}, lambda r: float(drawn_logprobs(r).mean()) > -2.0),
-    "top_p": ({"top_p": 0.2}, lambda r: float(drawn_logprobs(r).min()) > -4.0),
-    "top_k": ({"top_k": 1}, lambda r: all(step[t].rank == 1 for step, t in zip(r.outputs[0].logprobs, ids(r), strict=True))),
-    "min_p": ({"min_p": 0.9}, lambda r: float(drawn_logprobs(r).min()) > -3.5),
-    "seed": ({"seed": None}, lambda r: len(ids(r)) == STEPS),
-    "stop": ({"stop": list(LETTERS)}, lambda r: r.outputs[0].finish_reason == "stop"),
-    "stop_token_ids": ({"stop_token_ids": list(range(130))}, lambda r: r.outputs[0].finish_reason == "stop"),
-    "ignore_eos": ({"ignore_eos": False, "logit_bias": {1: 100.0}}, lambda r: ids(r) == [1]),
-    "max_tokens": ({"max_tokens": 5}, lambda r: len(ids(r)) == 5),
-    "min_tokens": ({"ignore_eos": False, "logit_bias": {1: 9.0}, "min_tokens": 7}, lambda r: 1 not in ids(r)[:7]),
-    "logprobs": ({"logprobs": 5}, lambda r: all(len(step) >= 5 for step in r.outputs[0].logprobs)),
-    "prompt_logprobs": ({"prompt_logprobs": 1}, lambda r: len(r.prompt_logprobs) == len(tokenise(PROMPT))),
-    "detokenize": ({"detokenize": False}, lambda r: r.outputs[0].text == ""),
-    "skip_special_tokens": ({"skip_special_tokens": False}, lambda r: len(ids(r)) == STEPS),
-    "spaces_between_special_tokens": ({"spaces_between_special_tokens": False}, lambda r: len(ids(r)) == STEPS),
+def likeliest(result: Any) -> bool:
+    return all(step[token].rank == 1 for step, token in zip(result.outputs[0].logprobs, ids(result), strict=True))
+
+
+def penalised(
+    result: Any, logits: torch.Tensor, presence: float = 0, frequency: float = 0, repetition: float = 1
+) -> bool:
+    """Whether every token of a greedy answer is the likeliest after penalties; logits float64 [steps, V] before them."""
+    for step, (row, token) in enumerate(zip(logits, ids(result), strict=True)):
+        counts = torch.bincount(torch.tensor(ids(result)[:step], dtype=torch.int64), minlength=len(row))
+        seen = counts.clone()
+        seen[tokenise(PROMPT)] += 1
+        row = torch.where(seen > 0, torch.where(row > 0, row / repetition, row * repetition), row)
+        row = row - presence * (counts > 0) - frequency * counts
+        if float(row[token]) < float(row.max()) - 1e-2:
+            return False
+    return True
+
+
+def whole(result: Any) -> bool:
+    return len(ids(result)) == STEPS
+
+
+A = tokenise("a")[0]
+ONLY_A = {"logit_bias": {A: 100.0}}
+GREEDY = {"temperature": 0.0}
+# Setting -> what is asked for, and what must be true of the result then, and of the mixed model's logits.
+WORKS: dict[str, tuple[dict[str, Any], Callable[[Any, torch.Tensor], bool]]] = {
+    "n": ({"n": 3}, lambda r, x: len({tuple(sample.token_ids) for sample in r.outputs}) == 3),
+    "presence_penalty": ({"presence_penalty": 1.5, **GREEDY}, lambda r, x: penalised(r, x, presence=1.5)),
+    "frequency_penalty": ({"frequency_penalty": 1.5, **GREEDY}, lambda r, x: penalised(r, x, frequency=1.5)),
+    "repetition_penalty": ({"repetition_penalty": 1.7, **GREEDY}, lambda r, x: penalised(r, x, repetition=1.7)),
+    "temperature": (GREEDY, lambda r, x: likeliest(r)),
+    "top_p": ({"top_p": 1e-6}, lambda r, x: likeliest(r)),
+    "top_k": ({"top_k": 1}, lambda r, x: likeliest(r)),
+    "min_p": ({"min_p": 1.0}, lambda r, x: likeliest(r)),
+    "seed": ({"seed": None}, lambda r, x: whole(r)),
+    "stop": ({"stop": ["aaa"], **ONLY_A}, lambda r, x: ids(r) == [A] * 3 and r.outputs[0].text == ""),
+    "stop_token_ids": ({"stop_token_ids": [A], **ONLY_A}, lambda r, x: ids(r) == [A]),
+    "ignore_eos": ({"ignore_eos": False, "logit_bias": {1: 100.0}}, lambda r, x: ids(r) == [1]),
+    "max_tokens": ({"max_tokens": 5}, lambda r, x: len(ids(r)) == 5),
+    "min_tokens": ({"ignore_eos": False, "logit_bias": {1: 100.0}, "min_tokens": 7}, lambda r, x: ids(r).index(1) == 7),
+    "logprobs": ({"logprobs": 5}, lambda r, x: all(len(step) >= 5 for step in r.outputs[0].logprobs)),
+    "prompt_logprobs": ({"prompt_logprobs": 1}, lambda r, x: len(r.prompt_logprobs) == len(tokenise(PROMPT))),
+    "detokenize": ({"detokenize": False}, lambda r, x: r.outputs[0].text == ""),
+    "skip_special_tokens": ({"skip_special_tokens": False}, lambda r, x: whole(r)),
+    "spaces_between_special_tokens": ({"spaces_between_special_tokens": False}, lambda r, x: whole(r)),
     "include_stop_str_in_output": (
-        {"stop": list(LETTERS), "include_stop_str_in_output": True},
-        lambda r: r.outputs[0].text[-1] in LETTERS,
+        {"stop": ["aaa"], "include_stop_str_in_output": True, **ONLY_A}, lambda r, x: r.outputs[0].text == "aaa"
     ),
-    "output_kind": ({"output_kind": RequestOutputKind.FINAL_ONLY}, lambda r: len(ids(r)) == STEPS),
-    "stream_interval": ({"stream_interval": 4}, lambda r: len(ids(r)) == STEPS),
-    "skip_clone": ({"skip_clone": True}, lambda r: len(ids(r)) == STEPS),
-    "flat_logprobs": ({"flat_logprobs": True}, lambda r: len(r.outputs[0].logprobs) == STEPS),
+    "output_kind": ({"output_kind": RequestOutputKind.FINAL_ONLY}, lambda r, x: whole(r)),
+    "stream_interval": ({"stream_interval": 4}, lambda r, x: whole(r)),
+    "skip_clone": ({"skip_clone": True}, lambda r, x: whole(r)),
+    "flat_logprobs": ({"flat_logprobs": True}, lambda r, x: len(r.outputs[0].logprobs) == STEPS),
     "structured_outputs": (
         {"structured_outputs": StructuredOutputsParams(regex="[abc]{4}[0-9]{4}"), "ignore_eos": False},
-        lambda r: re.fullmatch("[abc]{4}[0-9]{4}", r.outputs[0].text) is not None,
+        lambda r, x: re.fullmatch("[abc]{4}[0-9]{4}", r.outputs[0].text) is not None,
     ),
-    "logit_bias": ({"logit_bias": {30: 100.0}}, lambda r: set(ids(r)) == {30}),
-    "allowed_token_ids": ({"allowed_token_ids": ALLOWED}, lambda r: set(ids(r)) <= set(ALLOWED)),
-    "extra_args": ({"extra_args": {"esamp_beta": BETA, "another": [1]}}, lambda r: len(ids(r)) == STEPS),
-    "bad_words": ({"bad_words": list("abcdefghijkl")}, lambda r: not set(r.outputs[0].text) & set("abcdefghijkl")),
-    "skip_reading_prefix_cache": ({"skip_reading_prefix_cache": True}, lambda r: len(ids(r)) == STEPS),
-    "repetition_detection": ({"repetition_detection": {"max_pattern_size": 2, "min_count": 8}}, lambda r: bool(ids(r))),
-    "routed_experts_prompt_start": ({"routed_experts_prompt_start": 0}, lambda r: len(ids(r)) == STEPS),
+    "logit_bias": (ONLY_A, lambda r, x: set(ids(r)) == {A}),
+    "allowed_token_ids": ({"allowed_token_ids": ALLOWED}, lambda r, x: set(ids(r)) <= set(ALLOWED)),
+    "extra_args": ({"extra_args": {"esamp_beta": BETA, "another": [1]}}, lambda r, x: whole(r)),
+    "bad_words": ({"bad_words": ["a"], **ONLY_A}, lambda r, x: A not in ids(r)),
+    "skip_reading_prefix_cache": ({"skip_reading_prefix_cache": True}, lambda r, x: whole(r)),
+    "repetition_detection": (
+        {"repetition_detection": RepetitionDetectionParams(max_pattern_size=1, min_count=4), **ONLY_A},
+        lambda r, x: len(ids(r)) < STEPS,
+    ),
+    "routed_experts_prompt_start": ({"routed_experts_prompt_start": 0}, lambda r, x: whole(r)),
     "logprob_token_ids": (
-        {"logprob_token_ids": [7, 9], "logprobs": 2}, lambda r: all({7, 9} <= set(step) for step in r.outputs[0].logprobs)
+        {"logprob_token_ids": [7, 9], "logprobs": 2},
+        lambda r, x: all({7, 9} <= set(step) for step in r.outputs[0].logprobs),
     ),
     "prompt_logprob_token_ids": (
-        {"prompt_logprob_token_ids": np.array([[7, 9]] * (len(tokenise(PROMPT)) - 1))}, lambda r: len(ids(r)) == STEPS
+        {"prompt_logprob_token_ids": np.array([[7, 9]] * (len(tokenise(PROMPT)) - 1))}, lambda r, x: whole(r)
     ),
     "prompt_logprob_start": (
         {"prompt_logprob_start": 3, "prompt_logprob_token_ids": np.array([[7]] * (len(tokenise(PROMPT)) - 4))},
-        lambda r: len(ids(r)) == STEPS,
+        lambda r, x: whole(r),
     ),
 }  # fmt: skip
 # Those that need an engine of their own.
@@ -99,10 +121,6 @@ ELSEWHERE = {"watermarking", "thinking_token_budget", "trace_decode_token_ids"}
 
 def request(**given: Any) -> SamplingParams:
     common = {"max_tokens": STEPS, "seed": 11, "ignore_eos": True, "logprobs": 0, "extra_args": {"esamp_beta": BETA}}
-    if isinstance(pattern := given.get("repetition_detection"), dict):
-        from vllm.sampling_params import RepetitionDetectionParams
-
-        given["repetition_detection"] = RepetitionDetectionParams(**pattern)
     return SamplingParams(**{**common, **given})
 
 
@@ -115,8 +133,8 @@ V2_ONLY = {"prompt_logprob_token_ids", "prompt_logprob_start"}
 NOT_INTERPRETED = {"structured_outputs"}  # by kernels of vLLM's V2 that Triton's interpreter cannot run
 
 
-def check_logprobs(result: Any, reference: Any, masked: bool = False) -> None:
-    """masked: by a grammar, which vLLM applies to what it calls raw logits; what is left then has more probability."""
+def check_logprobs(result: Any, reference: Any, masked: bool = False) -> list[torch.Tensor]:
+    """Returns the mixed model's logits of each sample.  masked: by a grammar, which vLLM applies to what it calls raw logits; what is left then has more probability."""
     samples = [list(sample.token_ids) for sample in result.outputs]
     want = expected_logits(reference, tokenise(PROMPT), samples, BETA, DistillerConfig())
     for sample, logits in zip(result.outputs, want, strict=True):
@@ -125,6 +143,7 @@ def check_logprobs(result: Any, reference: Any, masked: bool = False) -> None:
             assert (got >= exact - 2e-3).all() and (got > exact + 0.1).any()
         else:
             torch.testing.assert_close(got, exact, atol=2e-3, rtol=0)
+    return want
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -135,8 +154,8 @@ def test_setting_works(engine: Any, reference: Any, name: str) -> None:
         pytest.skip("vLLM's V2 needs a GPU for it")
     given, holds = WORKS[name]
     (result,) = ask(engine, [request(**given)], [PROMPT])
-    assert holds(result), ids(result)
-    check_logprobs(result, reference, masked=name == "structured_outputs")
+    logits = check_logprobs(result, reference, masked=name == "structured_outputs")
+    assert holds(result, logits[0]), ids(result)
 
 
 def test_watermarking(qwen3: str, reference: Any) -> None:
@@ -150,9 +169,9 @@ def test_watermarking(qwen3: str, reference: Any) -> None:
 def test_thinking_token_budget(qwen3: str, reference: Any) -> None:
     reasoning = {"reasoning_start_str": "<", "reasoning_end_str": ">"}
     llm = make_llm(qwen3, {}, reasoning_config=reasoning)
-    start, end = tokenise("<")[0], tokenise(">")[0]
+    (end,) = tokenise(">")
     (result,) = ask(llm, [request(thinking_token_budget=3)], [PROMPT + "<"])
-    assert start not in ids(result)[:0] and ids(result)[3] == end  # after so many tokens the end is forced
+    assert ids(result)[3] == end  # after so many tokens the end is forced
     (want,) = expected_logits(reference, tokenise(PROMPT + "<"), [ids(result)], BETA, DistillerConfig())
     torch.testing.assert_close(drawn_logprobs(result), chosen(want, ids(result)), atol=2e-3, rtol=0)
 
