@@ -5,6 +5,11 @@
                        logits_processor=exploration.logits_processor)
     exploration.draws.logprob  # [rows, steps]
 
+    with explore(model, apply="latent"):
+        model.generate(**inputs, do_sample=True, num_return_sequences=16)  # or beams, or anything else
+
+The second form is in ``hf_latent``.  In the first, the candidates form, which is the default because it tells what a
+token's exploration was worth and cost, and because siblings can be stratified in it alone, generate only runs the loop.
 Hooks tap the model while the context is entered; the logits processor draws with
 :class:`~esamp_core.sample.Explorer` and returns logits of 0 for the drawn token and -inf elsewhere, which leaves
 everything that ``generate`` does afterwards, its warpers and its own draw, only one token to choose.
@@ -15,26 +20,24 @@ that cannot explore (beams, assistant models, ...) are refused.  Both are in ``h
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import operator
 import warnings
-import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from esamp_core.base.checks import check_hashables
+from esamp_core.base.checks import check_hashables, require
 from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
-from esamp_core.base.errors import ArgumentError, EsampError, StateError, UnsupportedModelError
+from esamp_core.base.errors import ArgumentError, StateError, UnsupportedModelError
 from esamp_core.base.seeds import seeded_params
 from esamp_core.base.tensors import Draw, Status, warn_of_bad_numbers
+from esamp_core.bindings.hf_context import ModelContext, groups_of_rows
 from esamp_core.bindings.hf_generate import (
     Loop,
     calling_loop,
@@ -42,11 +45,12 @@ from esamp_core.bindings.hf_generate import (
     differing_filters,
     requested_params,
 )
+from esamp_core.bindings.hf_latent import LatentExploration
 from esamp_core.explorer import Explorer, Rows
-from esamp_core.models.parts import find_parts
+from esamp_core.models.parts import ModelParts, find_parts
 from esamp_core.models.taps import PassiveTaps, Tapped, check_head
 
-_explored: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+Apply = Literal["candidates", "latent"]
 
 
 def explore(
@@ -61,7 +65,8 @@ def explore(
     max_candidates: int = 256,
     shallow_layer: int = 0,
     explorer: Explorer | None = None,
-) -> Exploration:
+    apply: Apply = "candidates",
+) -> Exploration | LatentExploration:
     """A context in which ``model.generate(..., logits_processor=exploration.logits_processor)`` explores.
 
     model: a decoder-only transformers model with its head, on one device, in eval mode.
@@ -78,71 +83,59 @@ def explore(
     shallow_layer: the block whose output is the shallow tap; negative counts from the end.  Default 0.
     explorer: one to use instead of a new one per ``generate``; it then brings config, filter_order, max_candidates.
 
+    apply: which form.  "candidates" (default): the processor above draws, among scored candidates, after the filters;
+        ``draws`` tells each token's log-probability, novelty and KL, seeds are per row, siblings may be stratified.
+        "latent": hidden states are mixed before the head and ``generate`` draws, so that everything it can do works,
+        beams too, and ``logits_processor`` is empty.  Then seeds, params, filter_order and max_candidates have no
+        place, and ``explorer`` may be one without a head.
+
     Raises UnsupportedModelError and ArgumentError, here or from within ``generate``; StateError where the model is
     being explored already.  A model that is compiled must be compiled, or ``torch.compiler.reset()`` called, while the
     context is entered.  Not thread-safe, but ``generate`` may run in another thread.
     """
-    return Exploration(model, beta, seed, params, groups, config, filter_order, max_candidates, shallow_layer, explorer)
+    if params is not None and (beta is not None or seed is not None):
+        raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
+    if explorer is not None and config is not None:
+        raise ArgumentError("config must be left out when an explorer is given, which has its own")
+    require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
+    check_options(filter_order, max_candidates)
+    parts = find_parts(model, shallow_layer)
+    base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
+    named = None if groups is None else check_hashables("groups", groups)
+    complete = parts.complete(config)
+    if apply == "candidates":
+        return Exploration(parts, base, params, named, complete, filter_order, max_candidates, explorer)
+    given = {"seed": seed, "params": params}
+    if wrong := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+        raise ArgumentError(f'with apply="latent" generate draws, by its own parameters: leave out {", ".join(wrong)}')
+    used = complete if explorer is None else explorer.config
+    require(used.target == "deep", "config.target", 'be "deep" with apply="latent"', used.target)
+    return LatentExploration(parts, base.beta, named, complete, explorer)
 
 
-class Exploration:
-    """What :func:`explore` gives; to be entered as a context."""
+class Exploration(ModelContext):
+    """What :func:`explore` gives in the candidates form; to be entered as a context."""
+
+    _taps: PassiveTaps
 
     def __init__(
         self,
-        model: nn.Module,
-        beta: float | None,
-        seed: int | None,
+        parts: ModelParts,
+        base: SamplingParams,
         params: SamplingParams | Sequence[SamplingParams] | None,
         groups: Sequence[Hashable | None] | None,
-        config: DistillerConfig | None,
+        config: DistillerConfig,
         filter_order: FilterOrder,
         max_candidates: int,
-        shallow_layer: int,
         explorer: Explorer | None,
     ) -> None:
-        if params is not None and (beta is not None or seed is not None):
-            raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
-        if explorer is not None and config is not None:
-            raise ArgumentError("config must be left out when an explorer is given, which has its own")
-        check_options(filter_order, max_candidates)
-        self._parts = find_parts(model, shallow_layer)
-        self._base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
-        self._params = params
-        self._groups = None if groups is None else check_hashables("groups", groups)
-        self._config = self._parts.complete(config)
+        super().__init__(parts, PassiveTaps(parts, self._predict_early), explorer)
+        self._base, self._params, self._groups, self._config = base, params, groups, config
         self._filter_order, self._max_candidates = filter_order, max_candidates
-        self._given = explorer
-        self.explorer = explorer
-        """The Explorer in use; without one given, that of the latest ``generate``."""
         self.logits_processor: list[Any] = [_Processor(self)]
         """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
-        self._taps = PassiveTaps(self._parts, self._predict_early)
-        self._entered = self._used = self._head_checked = False
+        self._head_checked = False
         self._run: _Run | None = None
-
-    def __enter__(self) -> Exploration:
-        if self._parts.model in _explored:
-            raise StateError(f"{type(self._parts.model).__name__} is being explored already; leave that context first")
-        self._taps.__enter__()
-        _explored.add(self._parts.model)
-        self._entered, self._used = True, False
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        _explored.discard(self._parts.model)
-        self._taps.__exit__(kind, error, trace)
-        # An error while closing would hide the one that led here.
-        with contextlib.nullcontext() if error is None else contextlib.suppress(EsampError):
-            self._close()
-        if error is None and self._taps.ran and not self._used:
-            raise StateError(
-                f"{type(self._parts.model).__name__} ran, but without exploration: generate must be given "
-                "logits_processor=exploration.logits_processor (continuous batching takes none, and is not supported)"
-            )
 
     @property
     def draws(self) -> Draw:
@@ -213,7 +206,7 @@ class Exploration:
     def _start(self, loop: Loop, input_ids: Tensor, tapped: Tapped) -> _Run:
         """The first step of a ``generate``: its rows, groups and parameters."""
         edited = check_request(loop, self.logits_processor[0])
-        groups = self._row_groups(input_ids)
+        groups = groups_of_rows(self._groups, input_ids, self._taps.float_inputs)
         numbers = {group: i for i, group in enumerate(dict.fromkeys(g for g in groups if g is not None))}
         per_prompt = self._prompt_params(loop.generation_config, len(numbers))
         explorer = self._given or Explorer(
@@ -252,21 +245,6 @@ class Exploration:
         )
         return self._run
 
-    def _row_groups(self, input_ids: Tensor) -> list[Hashable | None]:
-        count = input_ids.shape[0]
-        if self._groups is not None:
-            if len(self._groups) != count:
-                raise ArgumentError(
-                    f"groups must be one per row of generate, {count} with num_return_sequences, got {self._groups!r}"
-                )
-            return list(self._groups)
-        if input_ids.shape[1] == 0 or self._taps.float_inputs:
-            seen = ", ".join(self._taps.float_inputs) or "no token ids"
-            raise ArgumentError(f"groups must be given where prompts are more than token ids, got None with {seen}")
-        prompts = [ids.tobytes() for ids in input_ids.cpu().numpy()]
-        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        return [numbers[prompt] for prompt in prompts]
-
     def _prompt_params(self, config: Any, prompts: int) -> list[SamplingParams]:
         if self._params is None:
             return seeded_params(requested_params(config, self._base), prompts)
@@ -278,6 +256,13 @@ class Exploration:
                 stacklevel=2,
             )
         return per_prompt
+
+    def _check_unused(self) -> None:
+        if self._taps.ran:
+            raise StateError(
+                f"{type(self._parts.model).__name__} ran, but without exploration: generate must be given "
+                "logits_processor=exploration.logits_processor (continuous batching takes none, and is not supported)"
+            )
 
     def _close(self) -> None:
         if self._run is not None and self._run.open:

@@ -1,8 +1,8 @@
 """What the transformers binding knows of a running ``generate()``: what it was asked for, and which rows go on.
 
-A logits processor is told the tokens and the logits, nothing else.  The rest stands in the frame of the decoding loop
-that calls it, ``GenerationMixin._sample``, and is read from there: its arguments, and its mask of unfinished rows.
-Nothing is written to it.  Calls by any other loop are recognised, and refused.
+A logits processor is told the tokens and the logits, a hook of the model less.  The rest stands in the frames of the
+decoding loop that calls them, ``GenerationMixin._sample`` or another, and of ``generate``, and is read from there:
+their arguments, and the mask of unfinished rows.  Nothing is written to them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import transformers
@@ -48,9 +48,11 @@ def _code(name: str) -> CodeType | None:
     return None if method is None else inspect.unwrap(method).__code__
 
 
-_SAMPLE = _code("_sample")
+_SAMPLE, _BEAMS = _code("_sample"), _code("_beam_search")
+_PREFILL, _GENERATE = _code("_prefill"), _code("generate")
+_PROCESSORS = transformers.LogitsProcessorList.__call__.__code__
 _OTHER_LOOPS = {
-    _code("_beam_search"): "beam search (num_beams > 1)",
+    _BEAMS: "beam search (num_beams > 1)",
     _code("_assisted_decoding"): "assisted generation (assistant_model, prompt_lookup_num_tokens)",
 }
 
@@ -78,6 +80,53 @@ def calling_loop(parts: ModelParts) -> Loop:
             "models are not supported"
         )
     return Loop(**found)
+
+
+class Call(NamedTuple):
+    """A forward that a ``generate`` makes for its next tokens."""
+
+    generation_config: Any  # generate's own copy, which tells one call from the next
+    input_ids: Tensor  # [R, T] prompts, repeated as they are to be continued
+    unfinished: Tensor | None  # int64 [R], 1 or 0; None where the loop keeps no such mask
+    known_loop: bool  # transformers' own: one token per forward and row
+
+
+def running_call(parts: ModelParts) -> Call | None:
+    """The ``generate`` that makes the forward that is running, of this model; None if it is not made for a next token.
+
+    That is: by nobody's generate, by a logits processor that asks the model something else, or for a part of a prompt.
+    Raises UnsupportedModelError for assisted generation.
+    """
+    name, unfinished, loop, config, input_ids = type(parts.base_model).__name__, None, False, None, None
+    found = False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code in _OTHER_LOOPS and "beam" not in _OTHER_LOOPS[code]:
+            raise UnsupportedModelError(f"{name}.generate cannot explore with {_OTHER_LOOPS[code]}")
+        if not found and code is _PROCESSORS:
+            return None
+        if not found and code in (_SAMPLE, _BEAMS, _PREFILL, _GENERATE):
+            known = frame.f_locals
+            loop = loop or code in (_SAMPLE, _BEAMS)
+            unfinished = known.get("unfinished_sequences", unfinished)
+            part, parts_of = known.get("input_chunk"), known.get("input_chunks")
+            if code is _GENERATE:
+                found = known.get("self") is parts.base_model
+                config, input_ids = known.get("generation_config"), known.get("input_ids")
+            if type(known) is dict:  # before Python 3.13 a snapshot, which would keep the loop's tensors alive
+                known.clear()
+            if code is _PREFILL and parts_of is not None and part is not parts_of[-1]:
+                return None
+        frame = frame.f_back
+    if not found:
+        return None
+    if config is None or not isinstance(input_ids, Tensor):
+        raise UnsupportedModelError(
+            f"{name}.generate does not have its generation_config and input_ids where transformers up to "
+            f"{tried_versions('transformers')[-1]} has them (this is {transformers.__version__})"
+        )
+    return Call(config, input_ids, unfinished, loop)
 
 
 def check_request(loop: Loop, ours: Any) -> bool:

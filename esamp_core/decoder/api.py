@@ -29,7 +29,7 @@ from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 from esamp_core.base.seeds import seeded_params
 from esamp_core.decoder.cuda_graph import GraphMode, GraphPolicy
 from esamp_core.decoder.kv_cache import check_padding, holds_nothing
-from esamp_core.decoder.loop import CacheKind, Run
+from esamp_core.decoder.loop import Apply, CacheKind, Run
 from esamp_core.decoder.output import Output
 from esamp_core.decoder.prompts import Prompt, Prompts, read_prompts, stop_token_ids_of
 from esamp_core.decoder.results import Generation, Token
@@ -58,6 +58,7 @@ def generate(
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
     shallow_layer: int = 0,
+    apply: Apply = "candidates",
     progress: bool = False,
     on_token: Callable[[Token], None] | None = None,
     on_result: Callable[[Generation], None] | None = None,
@@ -75,6 +76,7 @@ def generate(
         filter_order=filter_order,
         max_candidates=max_candidates,
         shallow_layer=shallow_layer,
+        apply=apply,
         explorer=explorer,
     )
     return decoder.generate(
@@ -102,6 +104,10 @@ class Decoder:
     config: the Distillers'.  Default ``DistillerConfig()``, with ``deep_scale`` read from the model's final norm.
     filter_order, max_candidates: see ``select_candidates``.
     shallow_layer: the block whose output is the shallow tap; negative counts from the end.  Default 0.
+    apply: "candidates" (default): scored candidates are reweighted after the filters, and each token's novelty, KL and
+        log-probability under the base model are known.  "latent": hidden states are mixed before the head (see
+        ``Explorer.mix``), so every token of the vocabulary moves, and filters see the mixed model; in rows that explore
+        base_logprob, novelty and kl are NaN, not known.  Not with target "choice".
     explorer: one to use instead of making one per call; it then brings config, filter_order and max_candidates.
 
     Raises UnsupportedModelError (encoder-decoder, several devices, offloaded, no head that can be read) and
@@ -117,8 +123,10 @@ class Decoder:
         filter_order: FilterOrder = "transformers",
         max_candidates: int = 256,
         shallow_layer: int = 0,
+        apply: Apply = "candidates",
         explorer: Explorer | None = None,
     ) -> None:
+        require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
         if explorer is not None and config is not None:
             raise ArgumentError("config must be left out when an explorer is given, which has its own")
         self.model, self.tokenizer = model, tokenizer
@@ -126,6 +134,10 @@ class Decoder:
         check_padding(self.parts)
         self.filter_order, self.max_candidates = filter_order, max_candidates
         self.config = self.parts.complete(config)
+        self.apply = apply
+        target = (self.config if explorer is None else explorer.config).target
+        ok = apply == "candidates" or target == "deep"
+        require(ok, "config.target", 'be "deep" with apply="latent"', target)
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
@@ -212,14 +224,16 @@ class Decoder:
         if not queue:
             return []
         batch_rows = min(batch_rows, len(queue) * n)
+        latent = self.apply == "latent"
         explorer = self._given or Explorer(
-            parts.head,
+            None if latent else parts.head,
             parts.hidden_size,
             self.config,
             max_groups=min(batch_rows, len(queue)),  # a prompt with one sample left still holds its Distiller
             max_rows=batch_rows,
             max_candidates=self.max_candidates,
             filter_order=self.filter_order,
+            device=parts.device if latent else None,
         )
         self.explorer = explorer
         run = Run(
@@ -231,6 +245,7 @@ class Decoder:
             stop_ids,
             self._check_first,
             self._graphs if cache == "static" else None,
+            latent,
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from esamp_core.base.errors import EsampError, UnsupportedModelError
 from esamp_core.base.tensors import Draw
@@ -23,6 +25,7 @@ from esamp_core.models.parts import ModelParts
 from esamp_core.models.taps import Tapped, Taps
 
 CacheKind = Literal["dynamic", "static"]
+Apply = Literal["candidates", "latent"]
 
 
 class Run:
@@ -38,11 +41,14 @@ class Run:
         stop_ids: tuple[int, ...],
         check_first: Callable[[Tapped, Any], None],
         waves: GraphPolicy | None,
+        latent: bool,
     ) -> None:
-        """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one."""
+        """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one.
+        latent: whether states are mixed before the head."""
         self._parts, self._explorer, self._check_first = parts, explorer, check_first
         self._queue, self._n, self._batch_rows = queue, n, batch_rows
         self._waves, self._static = waves, waves is not None
+        self._latent = latent
         self._steps: WaveSteps | None = None
         self._stop_ids = to_device(stop_ids, self._parts.device)
         self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
@@ -122,6 +128,7 @@ class Run:
             batch.positions[:, None],
             batch.cache,
             on_shallow=partial(self._explorer.predict, rows=rows) if batch.explores else None,
+            on_deep=partial(self._explorer.mix, rows=rows) if batch.explores and self._latent else None,
         )
         return self._draw(batch, tapped)
 
@@ -129,6 +136,8 @@ class Run:
         draw = self._explorer.sample(tapped.logits, batch.rows)
         if batch.explores:
             self._explorer.learn(tapped.deep, batch.rows)
+            if self._latent:
+                draw = _without_the_base_model(draw, batch.rows.params.beta)
         batch.advance(draw, self._stop_ids, self._pad_id)
         return draw
 
@@ -175,6 +184,9 @@ class Run:
             )
             if batch.explores:
                 self._explorer.predict(tapped.shallow, rows)
+                if self._latent:  # the prompt's forward ran once for all of its samples, before there were rows
+                    mixed = self._explorer.mix(tapped.deep, rows)
+                    tapped = tapped._replace(logits=self._parts.logits(mixed)[:, : tapped.logits.shape[1]])
             receipt = Receipt(samples, self._draw(batch, tapped))
         except BaseException:
             self._explorer.close(rows)
@@ -186,3 +198,10 @@ class Run:
         if self._waves is not None:
             self._steps = WaveSteps(lambda: self._eager_step(taps, batch), cache, self._explorer, self._waves)
         return receipt
+
+
+def _without_the_base_model(draw: Draw, beta: Tensor) -> Draw:
+    """The base model's logits were never computed in rows that were mixed: what needs them is not known."""
+    known = beta == 0
+    names = ("base_logprob", "novelty", "kl")
+    return draw._replace(**{name: torch.where(known, getattr(draw, name), math.nan) for name in names})

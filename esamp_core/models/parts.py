@@ -19,6 +19,7 @@ from esamp_core.base.checks import is_int
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 from esamp_core.base.tensors import Head
+from esamp_core.reference import transform_scores
 
 # How far the head's logits may be from the model's, relative to the largest.  Both come from the same product; what
 # is left is another tiling of it, and the rounding of a scale or a soft-cap in the model's own dtype.
@@ -54,6 +55,10 @@ class ModelParts:
             self.cache_argument: cache,
             **{name: value for name, value in optional.items() if name in self.accepts},
         }
+
+    def logits(self, deep: Tensor) -> Tensor:
+        """float32 [B, V] of inputs of the head [B, H]: its own product, then what the config says of the logits."""
+        return transform_scores(self.head_module(deep).float(), self.head)
 
     @property
     def hidden_size(self) -> int:

@@ -43,6 +43,8 @@ class Taps:
         self._listener: Callable[[Tensor], None] | None = None
         self._places: int | slice = -1  # which positions are tapped: the last
         self._outside = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
+        self._mixer: Callable[[Tensor], Tensor] | None = None
+        self._mix_outside = torch.compiler.disable(self._replace_last)  # type: ignore[no-untyped-call]
 
     def _tell(self, shallow: Tensor) -> None:
         assert self._listener is not None
@@ -69,17 +71,41 @@ class Taps:
         if self._on_shallow is not None and len(self._shallow) == 1:
             self._on_shallow(self._shallow[0])
 
-    def _tap_deep(self, module: nn.Module, inputs: Any) -> None:
+    def _tap_deep(self, module: nn.Module, inputs: Any) -> Any:
         self._deep.append(inputs[0][:, self._places])
+        # Where a tap runs twice in a forward, or not, that is reported; to mix would hide the cause.
+        if self._mixer is None or len(self._deep) != 1 or len(self._shallow) != 1:
+            return None
+        return (self._mix_outside(inputs[0]), *inputs[1:])
 
-    def forward(self, on_shallow: Callable[[Tensor], None] | None = None, **inputs: Any) -> Tapped:
+    def _replace_last(self, hidden: Tensor) -> Tensor:
+        """The head's input [B, T, H] with its last position mixed."""
+        assert self._mixer is not None
+        deep = hidden[:, -1]
+        mixed = self._mixer(deep)
+        if mixed is deep:
+            return hidden
+        if hidden.shape[1] == 1:
+            return mixed[:, None]
+        hidden = hidden.clone()  # a model may use it for something else
+        hidden[:, -1] = mixed
+        return hidden
+
+    def forward(
+        self,
+        on_shallow: Callable[[Tensor], None] | None = None,
+        on_deep: Callable[[Tensor], Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tapped:
         """Run the model and return what was tapped at the last position.
 
         on_shallow: called with the shallow state [B, H] as soon as the block has run, beside the rest of the forward.
+        on_deep: called with the head's input [B, H]; returns what the head is to see instead.
         inputs: the model's own arguments.  Raises UnsupportedModelError if a tap did not run exactly once.
         """
         self._shallow, self._deep, self._listener = [], [], on_shallow
         self._on_shallow = None if on_shallow is None else self._outside
+        self._mixer = on_deep
         try:
             logits = self._model(**inputs).logits[:, -1]
         except Exception as error:
@@ -90,7 +116,7 @@ class Taps:
                 ) from error
             raise
         finally:
-            self._on_shallow = self._listener = None
+            self._on_shallow = self._listener = self._mixer = None
         for name, tapped in (("block", self._shallow), ("head", self._deep)):
             if len(tapped) != 1:
                 module = self._parts.block if name == "block" else self._parts.head_module
@@ -109,9 +135,10 @@ class Taps:
         positions: Tensor,
         cache: Any,
         on_shallow: Callable[[Tensor], None] | None = None,
+        on_deep: Callable[[Tensor], Tensor] | None = None,
     ) -> Tapped:
         """:meth:`forward` with a cache; the arguments are those of ``ModelParts.inputs``."""
-        return self.forward(on_shallow, **self._parts.inputs(token_ids, mask, positions, cache))
+        return self.forward(on_shallow, on_deep, **self._parts.inputs(token_ids, mask, positions, cache))
 
     def states(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Shallow and deep states [B, T, H] of a forward without a cache.  token_ids, mask: int64 [B, T]."""
@@ -123,41 +150,103 @@ class Taps:
         return shallow, deep
 
 
-class PassiveTaps(Taps):
-    """The taps of a model whose forward others call.  What is kept is that of the latest forward.
+class ForeignTaps(Taps):
+    """The taps of a model whose forward others call: where one begins is tapped too.
 
     Everything here may be traced by torch.compile, so it is assignments and lists, and nothing that grows.
     """
 
-    def __init__(self, parts: ModelParts, on_shallow: Callable[[Tensor], None]) -> None:
+    def __init__(self, parts: ModelParts) -> None:
         super().__init__(parts.model, parts)
-        self._on_shallow = on_shallow
-        self._logits: list[Tensor] = []
-        self._skipped = False
         self.ran = False
         self.float_inputs: list[str] = []
         """Names of the tensor inputs of the latest forward, seen uncompiled, that are numbers and not tokens."""
 
-    def __enter__(self) -> PassiveTaps:
+    def __enter__(self) -> ForeignTaps:
         super().__enter__()
-        self._shallow, self._deep, self._logits = [], [], []
-        self._skipped = self.ran = False
+        self._shallow, self._deep, self.ran = [], [], False
         model = self._parts.base_model
         self._handles += [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._tap_logits),
+            model.register_forward_hook(self._end),
         ]
         return self
 
     def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self.ran = True
-        self._skipped = self._skipped or len(self._logits) > 0
-        self._shallow, self._deep, self._logits = [], [], []
+        self._shallow, self._deep = [], []
         if not torch.compiler.is_compiling():
             tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and n != "attention_mask"}
             self.float_inputs = [name for name, value in tensors.items() if value.is_floating_point()]
 
-    def _tap_logits(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass
+
+
+class MixingTaps(ForeignTaps):
+    """Taps of a model whose head is to see other states than its own.
+
+    on_shallow: called with the shallow state [B, H] in the middle of a forward.
+    on_deep: called with the head's input [B, H] of the last of ``positions``; returns what the head is to see instead.
+    A compiled model's code is split at both.
+    """
+
+    def __init__(
+        self, parts: ModelParts, on_shallow: Callable[[Tensor], None], on_deep: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(parts)
+        self._listener, self._mixer = on_shallow, on_deep
+        self._on_shallow = self._outside
+        self._inside = False
+        self.positions = 0
+
+    def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        super()._begin(module, args, inputs)
+        self._inside = True
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside = False
+        self._shallow, self._deep = [], []  # not kept longer than the forward
+
+    def _tap_shallow(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._inside:
+            super()._tap_shallow(module, inputs, output)
+
+    def _tap_deep(self, module: nn.Module, inputs: Any) -> Any:
+        if not self._inside:  # somebody asks the head alone
+            return None
+        self.positions = inputs[0].shape[1]
+        given = super()._tap_deep(module, inputs)
+        for name, tapped in (("block", self._shallow), ("head", self._deep)):
+            if len(tapped) != 1:
+                raise UnsupportedModelError(
+                    f"the tap on {type(self._parts.model).__name__}'s {name} ran {len(tapped)} times in a forward "
+                    "instead of once; a model that was compiled before its taps were installed ignores them: call "
+                    "torch.compiler.reset() after entering explore(...), or compile there"
+                )
+        return given
+
+
+class PassiveTaps(ForeignTaps):
+    """Taps of a model whose logits others sample from.  What is kept is that of the latest forward."""
+
+    def __init__(self, parts: ModelParts, on_shallow: Callable[[Tensor], None]) -> None:
+        super().__init__(parts)
+        self._on_shallow = on_shallow
+        self._logits: list[Tensor] = []
+        self._skipped = False
+
+    def __enter__(self) -> PassiveTaps:
+        super().__enter__()
+        self._logits, self._skipped = [], False
+        return self
+
+    def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        super()._begin(module, args, inputs)
+        self._skipped = self._skipped or len(self._logits) > 0
+        self._logits = []
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._logits.append((output.logits if hasattr(output, "logits") else output[0])[:, -1])
 
     def take(self) -> tuple[Tapped, bool]:

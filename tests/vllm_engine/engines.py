@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from latent_oracle import chosen, expected_logits, forward
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
 from esamp_core.bindings import vllm_models
 from esamp_core.bindings.vllm_mixing import Mixer
-from esamp_core.explorer.start import start_weights
-from esamp_core.reference import distiller as reference_distiller
-from esamp_core.sample import DistillerConfig, DistillerState, DistillerWeights, group_rows
 
+__all__ = ["chosen", "expected_logits", "forward"]  # and all below
 MAX_LEN = 128
 PROMPTS = ["hello", "world, abc", "x" * 20, "another prompt", "q", "long prompt number seven", "zz", "hello"]
 
@@ -121,27 +120,6 @@ def generate(
     return [[list(sample.token_ids) for sample in output.outputs] for output in ask(llm, sampling, prompts)]
 
 
-@torch.no_grad()
-def forward(model: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """transformers' shallow state, deep state and logits, each [T, ...], of a sequence."""
-    seen: dict[str, Tensor] = {}
-
-    def keep_shallow(module: Any, inputs: Any, output: Any) -> None:
-        seen["shallow"] = (output[0] if isinstance(output, tuple) else output)[-len(tokens) :]
-
-    def keep_deep(module: Any, inputs: Any) -> None:
-        seen["deep"] = inputs[0]
-
-    hooks = [
-        model.model.layers[0].register_forward_hook(keep_shallow),
-        model.lm_head.register_forward_pre_hook(keep_deep),
-    ]
-    logits = model(torch.tensor([list(tokens)])).logits[0]
-    for hook in hooks:
-        hook.remove()
-    return seen["shallow"].reshape(len(tokens), -1), seen["deep"].reshape(len(tokens), -1), logits
-
-
 def check_rows(rows: list[Row], reference: Any, outputs: dict[Any, tuple[list[int], list[int]]]) -> None:
     """Every token of every output was drawn from a state that was mixed from what transformers has at its place, once.
 
@@ -162,43 +140,7 @@ def check_rows(rows: list[Row], reference: Any, outputs: dict[Any, tuple[list[in
                 torch.testing.assert_close(got, want[row.position].float(), rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
-def expected_logits(
-    reference: Any, prompt: list[int], outputs: Sequence[Sequence[int]], beta: float, config: DistillerConfig | None
-) -> list[Tensor]:
-    """float64 [steps, V] of each output: siblings that start together, by the formulas, from transformers' states.
-
-    Nothing of the binding, the Explorer or the kernels is used.  config: None is the model without exploration.
-    """
-    whole = [forward(reference, [*prompt, *output]) for output in outputs]
-    first = len(prompt) - 1
-    if config is None:
-        return [logits[first : first + len(out)].double() for out, (_, _, logits) in zip(outputs, whole, strict=True)]
-    hidden = whole[0][0].shape[1]
-    weights = DistillerWeights(*(w.double()[None] for w in start_weights(hidden, config, torch.device("cpu"))))
-    zero = torch.zeros(1, dtype=torch.int64)
-    state = DistillerState(weights, None, zero, zero.clone(), zero.double(), zero.double(), zero.clone())
-    norm = reference.model.norm.weight.double()
-    scale = norm.square().mean().sqrt() if config.deep_scale is None else torch.tensor(config.deep_scale).double()
-    found: list[list[Tensor]] = [[] for _ in outputs]
-    for step in range(max(map(len, outputs))):
-        running = [i for i, output in enumerate(outputs) if step < len(output)]
-        shallow, deep = (torch.stack([whole[i][k][first + step] for i in running]).double() for k in (0, 1))
-        groups = group_rows(torch.zeros(len(running), dtype=torch.int64), 1)
-        saved = reference_distiller.distiller_forward(shallow, groups, state.weights, scale)
-        mixed = (1 + beta) * deep - beta * saved.pred
-        for i, row in zip(running, mixed @ reference.lm_head.weight.double().T, strict=True):
-            found[i].append(row)
-        reference_distiller.distiller_step_(state, saved, deep, groups, scale, config)
-    return [torch.stack(rows) for rows in found]
-
-
 def returned_logprobs(output: Any) -> Tensor:
     """float64 [steps]: what the engine says of the tokens that it drew."""
     chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
     return torch.tensor(chosen, dtype=torch.float64)
-
-
-def chosen(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """float64 [steps]: log-probabilities of tokens under softmax(logits)."""
-    return logits.log_softmax(-1).gather(1, torch.tensor(list(tokens))[:, None])[:, 0]

@@ -33,7 +33,8 @@ def run(
     ]
     settings = {} if esamp == () else esamp
     request = {"model": model, "esamp": settings, "options": options, "sampling": sampling, "distillers": True}
-    environment = {"ESAMP_VLLM": "", **environment}
+    path = f"{HERE.parent}:{environment.get('PYTHONPATH', '')}"
+    environment = {"ESAMP_VLLM": "", **environment, "PYTHONPATH": path}
     command = [sys.executable, str(HERE / "run_engine.py"), json.dumps(request)]
     # Distillers are read by a function that is sent to the workers.
     full = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment}

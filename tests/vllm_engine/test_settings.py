@@ -42,7 +42,7 @@ def likeliest(result: Any) -> bool:
 def penalised(
     result: Any, logits: torch.Tensor, presence: float = 0, frequency: float = 0, repetition: float = 1
 ) -> bool:
-    """Whether every token of a greedy answer is the likeliest after penalties; logits float64 [steps, V] before them."""
+    """Whether every token of a greedy answer is the likeliest after penalties; logits: float64 [steps, V]."""
     for step, (row, token) in enumerate(zip(logits, ids(result), strict=True)):
         counts = torch.bincount(torch.tensor(ids(result)[:step], dtype=torch.int64), minlength=len(row))
         seen = counts.clone()
@@ -134,7 +134,10 @@ NOT_INTERPRETED = {"structured_outputs"}  # by kernels of vLLM's V2 that Triton'
 
 
 def check_logprobs(result: Any, reference: Any, masked: bool = False) -> list[torch.Tensor]:
-    """Returns the mixed model's logits of each sample.  masked: by a grammar, which vLLM applies to what it calls raw logits; what is left then has more probability."""
+    """Returns the mixed model's logits of each sample.
+
+    masked: by a grammar, which vLLM applies to what it calls raw logits; what is left then has more probability.
+    """
     samples = [list(sample.token_ids) for sample in result.outputs]
     want = expected_logits(reference, tokenise(PROMPT), samples, BETA, DistillerConfig())
     for sample, logits in zip(result.outputs, want, strict=True):
