@@ -125,7 +125,7 @@ def measure(
             values |= {"peak_bytes": peak_bytes(calls[name][0])}
         row(name, **values)
     if device == "cuda" and whole in prepared:
-        for kernel, microseconds in kernel_times(prepared, clock, (whole, "distiller_step_")).items():
+        for kernel, microseconds in kernel_times(prepared, clock, (whole, "distiller_step_", "mix")).items():
             scan = {"bytes": case.scan_bytes} if sampling and kernel == "_block_max_kernel" else {}
             row(f"kernel {kernel}", microseconds=round(microseconds, 3), **scan)
     return rows
@@ -135,6 +135,8 @@ def ours_like(peer: str, times: dict[str, list[float]]) -> list[float]:
     """Our seconds for the same answer as a peer's.  A peer's step has to run its forward first."""
     if peer == "peer per_row forward and step":
         return [a + b for a, b in zip(times["distiller_forward"], times["distiller_step_"], strict=True)]
+    if peer == "peer torch mix":
+        return times["mix"]
     return times["distiller_forward" if peer.startswith("peer per_row") else "vanilla"]
 
 

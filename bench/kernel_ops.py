@@ -10,7 +10,7 @@ import torch
 from bench import peers
 from bench.cases import DistillerCase, SamplingCase, make_sampling_inputs
 from bench.measure import Call
-from esamp_core import reference
+from esamp_core import reference, sample
 from esamp_core.explorer.bank import DistillerBank
 from esamp_core.reference.distiller import learning_rates
 from esamp_core.sample import (
@@ -87,6 +87,8 @@ class DistillerInputs:
         self.target = torch.randn(rows, hidden, generator=g, device=device)
         self.slots = torch.arange(rows, device=device) % case.slots
         self.groups = group_rows(self.slots, case.slots)
+        self.deep = self.target.bfloat16()  # as an engine has it
+        self.beta = torch.full((rows,), 0.25, device=device)
         self.saved = self.forward()
         self.rates = tuple(float(r) for r in learning_rates(self.config, hidden))
 
@@ -95,6 +97,17 @@ class DistillerInputs:
 
     def step(self) -> None:
         distiller_step_(self.state, self.saved, self.target, self.groups, self.scale, self.config)
+
+    def mix(self) -> sample.Mixed:
+        return sample.mix(self.deep, self.saved, self.groups, self.state.weights, self.scale, self.beta)
+
+    def peer_mix(self) -> torch.Tensor:
+        """The same in PyTorch's own operations, from weights of every row."""
+        weights, at = self.state.weights, self.slots
+        normed = torch.nn.functional.layer_norm(self.saved.y, self.saved.y.shape[1:])
+        pred = self.scale * (weights.norm_weight[at] * normed + weights.norm_bias[at])
+        beta = self.beta[:, None]
+        return ((1 + beta) * self.deep.float() - beta * pred).to(self.deep.dtype)
 
     def peer_forward(self) -> peers.PerRow:
         return peers.per_row_forward(self.shallow, self.slots, self.state, self.scale)
@@ -106,13 +119,17 @@ class DistillerInputs:
 def distiller_ops(case: DistillerCase, device: str) -> tuple[dict[str, list[Call]], Costs]:
     inputs = [DistillerInputs(case, device, seed) for seed in range(SETS)]
     states = 4 * case.rows * case.shape.hidden
+    norms = 8.0 * case.slots * case.shape.hidden
     costs = {
         "distiller_forward": (case.weight_bytes + 2.0 * states, float(case.forward_flops)),
         "distiller_step_": (2.0 * case.weight_bytes + 3.0 * states, float(case.step_flops)),
+        "mix": (norms + 2.0 * states, 0.0),  # y, and deep read and written in bfloat16
     }
     calls: dict[str, list[Call]] = {
         "distiller_forward": [i.forward for i in inputs],
         "distiller_step_": [i.step for i in inputs],
+        "mix": [i.mix for i in inputs],
+        "peer torch mix": [i.peer_mix for i in inputs],
         "peer per_row forward": [i.peer_forward for i in inputs],
         "peer per_row forward and step": [i.peer_step for i in inputs],
     }
@@ -131,11 +148,14 @@ def check(case: Case, device: str) -> str | None:
         want = reference.distiller_forward(there.shallow, there.groups, there.state.weights, there.scale)
         error = float((here.saved.pred - want.pred).norm() / want.pred.norm())
         peer = float((here.peer_forward().pred - want.pred).norm() / want.pred.norm())
+        exact, mixed = there.peer_mix().float(), here.mix().hidden.float().cpu()
+        mixing = float((mixed - exact).norm() / exact.norm())
         here.step()
         reference.distiller_step_(there.state, want, there.target, there.groups, there.scale, there.config)
         step = float((here.state.weights.down - there.state.weights.down).norm() / there.state.weights.down.norm())
-        worst = max(error, peer, step)
-        return None if worst < 1e-3 else f"relative errors: pred {error:.1e}, peer's pred {peer:.1e}, step {step:.1e}"
+        worst = max(error, peer, step, mixing / 4)  # bfloat16's last bit is 2^-8
+        said = f"relative errors: pred {error:.1e}, peer's pred {peer:.1e}, step {step:.1e}, mix {mixing:.1e}"
+        return None if worst < 1e-3 else said
     given, n = make_sampling_inputs(case, device, 1)[0], min(case.rows, 8)
     some = [given.logits[:n], RowParams(*(p[:n] for p in given.params)), given.seed[:n], given.position[:n]]
     options: dict[str, Any] = {"direction": given.direction[:n], "head": given.head, "max_candidates": MAX_CANDIDATES}

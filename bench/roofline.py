@@ -69,6 +69,7 @@ LIMITS = {
     "reduce": Most(320, 32, 4.9),
     "expand": Most(1070, 133, 8.9),
     "norm": Most(350, 51, 5.0),
+    "mix": Most(590, 48, 5.8),
     "error": Most(990, 95, 6.3),
     "back": Most(1500, 132, 6.9),
     "gates": Most(310, 34, 4.9),
@@ -220,6 +221,15 @@ def ways() -> list[Way]:
             step="forward",
         ),
         Way("norm", 2 * state, 3, loops=(group,), step="forward"),
+        # Of an engine that mixes: it takes norm's place, and reads and writes a bfloat16 state.
+        Way(
+            "mix",
+            2 * state,
+            4,
+            loops=(group,),
+            without=("copy_row", "_mix_kernel: if bad > 0"),
+            step="",
+        ),
         Way("error", 4 * state, 4, loops=(group,), step="step"),
         Way(
             "back",

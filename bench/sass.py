@@ -42,6 +42,8 @@ PIPES: dict[str, tuple[int, str]] = {
     "multiply": (2, "IMAD IMUL"),
     "alu": (2, "FMNMX FSEL FSET FSETP FCHK IADD3 IADD IABS IMNMX VIMNMX VIMNMX3 VIADD VIADDMNMX ISETP LEA LOP3 LOP "
             "PLOP3 SEL SHF SHL SHR PRMT SGXT BMSK HMNMX2 HSET2 HSETP2 IDP ISCADD MOV P2R R2P VABSDIFF VOTE VOTEU CS2R"),
+    # F2FP packs two at a time: 64 lanes a cycle of a multiprocessor, as far as the CUDA guide tells of conversions.
+    "pack": (2, "F2FP"),
     "special": (8, "MUFU F2F F2I I2F F2IP I2FP I2IP FRND POPC FLO BREV REDUX"),
     "double": (2, "DADD DMUL DFMA DSETP DMNMX"),
     "tensor": (4, "HMMA IMMA DMMA"),

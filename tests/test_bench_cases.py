@@ -34,5 +34,5 @@ def test_floors_are_the_bytes_moved() -> None:
     assert dataclasses.replace(case, dtype=torch.float32).scan_bytes / 4.3e12 == pytest.approx(18.1e-6, rel=0.01)
     assert (case.bytes - case.scan_bytes) / 4.3e12 == pytest.approx(10.7e-6, rel=0.01)
     assert 2 * DistillerCase(QWEN_7B, 8, 16).weight_bytes / 4.3e12 == pytest.approx(10.2e-6, rel=0.02)
-    assert {t.what for t in TARGETS} == {"select_candidates", "explore", "distiller_forward", "distiller_step_"}
+    assert {t.what for t in TARGETS} == {"select_candidates", "explore", "distiller_forward", "distiller_step_", "mix"}
     assert len({s.name for s in SHAPES}) == len(SHAPES) == 6

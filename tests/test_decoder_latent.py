@@ -1,4 +1,4 @@
-"""The decoder's latent form: the candidates form's draws where both say the same, and the oracle's log-probabilities."""
+"""The decoder's latent form: the candidates form's draws where both say the same, and an oracle's log-probabilities."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_beams(model: Any, sample: bool) -> None:
 
 
 def group_beams(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-    """A small diverse beam search, as a custom_generate: two groups of two beams of every prompt, which are reordered."""
+    """A small diverse beam search, as a custom_generate: two groups of two beams of a prompt, which are reordered."""
     rows, length = input_ids.shape
     scores = torch.tensor([0.0, -1e9, 0.0, -1e9]).repeat(rows // 4)
     for _ in range(generation_config.max_length - length):

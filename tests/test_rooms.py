@@ -31,11 +31,11 @@ STANDS_ON = {
     "esamp_core": {"decoder", "sample"},
     "calibration": {"base", "reference", "models", "explorer", "decoder"},
     "cli": {"base", "ops", "report", "countdown", "decoder", "calibration", "esamp_core"},
-    "bindings": {"base", "models", "explorer", "ops"},
+    "bindings": {"base", "models", "explorer"},
     "kernels": set(),
 }
 MOST_FLOORS = 8
-FACES = 40  # lines of a room's __init__.py, which only hands names on
+FACES = 50  # lines of a room's __init__.py, which only hands names on
 LIBRARY = [file for file in files() if file.room in ("kernels", "esamp_core", "bindings")]
 MODULES = {file.module: file for file in LIBRARY}
 # Underscored names of others that are meant to be used.

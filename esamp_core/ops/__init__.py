@@ -5,14 +5,7 @@ installed and PyTorch elsewhere.  Every op has a plain-PyTorch twin of the same 
 """
 
 from esamp_core.ops.backends import backend, backend_name
-from esamp_core.ops.distiller import (
-    distiller_forward,
-    distiller_scratch,
-    distiller_step_,
-    group_rows,
-    mix,
-    warm_up,
-)
+from esamp_core.ops.distiller import distiller_forward, distiller_scratch, distiller_step_, group_rows, mix, warm_up
 from esamp_core.ops.sampling import (
     draw,
     explore,

@@ -20,6 +20,14 @@ from esamp_core.kernels.tuning import Config
 NONFINITE_NOVELTY = tl.constexpr(32)  # of base.tensors.Status
 
 
+@triton.jit
+def copy_row(deep_ptr, stride_dr, out_ptr, stride_or, row, H: tl.constexpr, WIDE: tl.constexpr):
+    for start in range(0, H, WIDE):
+        h = start + tl.arange(0, WIDE)
+        deep = tl.load(deep_ptr + row * stride_dr + h, mask=h < H)
+        tl.store(out_ptr + row * stride_or + h, deep, mask=h < H)
+
+
 @triton.jit(do_not_specialize=["num_groups"])
 def _mix_kernel(
     deep_ptr, stride_dr, y_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, beta_ptr, active_ptr,
@@ -29,16 +37,15 @@ def _mix_kernel(
     position = tl.program_id(0)
     row = tl.load(order_ptr + position).to(tl.int64)
     beta = tl.load(beta_ptr + row).to(tl.float32)
-    grouped = position < tl.load(offsets_ptr + num_groups)
-    explores = grouped & (beta != 0.0)
+    explores = beta != 0.0
     if HAS_ACTIVE:
         explores &= tl.load(active_ptr + row) != 0
-    bad = position * 0  # hidden units that are not finite
-    if grouped:
+    if position < tl.load(offsets_ptr + num_groups):
         mean, rstd = layer_norm_statistics(y_ptr, row, mean_ptr, rstd_ptr, H, WIDE)
         if explores:
             slot = tl.load(slots_ptr + group_of(position, offsets_ptr, num_groups)).to(tl.int64)
             scale = tl.load(scale_ptr).to(tl.float32)
+            bad = position * 0  # hidden units that are not finite
             for start in range(0, H, WIDE):
                 h = start + tl.arange(0, WIDE)
                 deep = tl.load(deep_ptr + row * stride_dr + h, mask=h < H, other=0.0).to(tl.float32)
@@ -49,11 +56,11 @@ def _mix_kernel(
                 bad += tl.sum(((h < H) & (finite == 0)).to(tl.int32), 0)
             if bad > 0:
                 tl.store(status_ptr + row, tl.load(status_ptr + row) | NONFINITE_NOVELTY)
-    if (explores == 0) | (bad > 0):
-        for start in range(0, H, WIDE):
-            h = start + tl.arange(0, WIDE)
-            deep = tl.load(deep_ptr + row * stride_dr + h, mask=h < H)
-            tl.store(out_ptr + row * stride_or + h, deep, mask=h < H)
+                copy_row(deep_ptr, stride_dr, out_ptr, stride_or, row, H, WIDE)
+        else:
+            copy_row(deep_ptr, stride_dr, out_ptr, stride_or, row, H, WIDE)
+    else:
+        copy_row(deep_ptr, stride_dr, out_ptr, stride_or, row, H, WIDE)
 
 
 def mix_triton(
