@@ -172,7 +172,8 @@ def read_request(params: Any, config: PluginConfig) -> RequestParams | None:
     None: it does not explore.  Raises ArgumentError.
     """
     extra = params.extra_args or {}
-    flat = {name.removeprefix(f"{KEY}_"): value for name, value in extra.items() if name.startswith(f"{KEY}_")}
+    require(isinstance(extra, Mapping), "extra_args", "be an object", _shown(extra))
+    flat = {n.removeprefix(f"{KEY}_"): v for n, v in extra.items() if isinstance(n, str) and n.startswith(f"{KEY}_")}
     given = extra.get(KEY)
     if isinstance(given, str):
         try:

@@ -75,7 +75,7 @@ class Mixer:
         self.requests.pop(key, None)
         try:
             asked = None if params is None else read_request(params, self.config)
-        except ValueError:  # it was validated at admission, but an engine may be called without
+        except Exception:  # it was validated at admission, but an engine may be called without
             logger.exception("esamp: a request cannot explore, and is sampled plainly")
             self.report.fault()
             return
@@ -115,11 +115,16 @@ class Mixer:
         self._weights = None
 
     def mix(
-        self, model: nn.Module, shallow: Tensor, deep: Tensor, position: Tensor, adapters: Sequence[int] | None
+        self,
+        model: nn.Module,
+        shallow: Tensor,
+        deep: Tensor,
+        position: Tensor,
+        adapters: Callable[[], Sequence[int] | None],
     ) -> Tensor:
         """What the head is to see instead of deep [R, H]; deep itself where no row explores.
 
-        position: int64 [R], of the token that was fed.  adapters: of each row, where requests did not say.
+        position: int64 [R], of the token that was fed.  adapters: tells that of each row, where requests did not say.
         """
         order, self._order = self._order, None
         if order is None or not self.requests:
@@ -136,7 +141,7 @@ class Mixer:
             with torch.inference_mode(False), torch.no_grad():
                 if self.explorer is None or _weights_of(model) != self._weights:
                     self.start(model, deep.device, deep.dtype)
-                return self._step(keys, present, shallow, deep, position, adapters)
+                return self._step(keys, present, shallow, deep, position, adapters())
         except Exception:
             # A fault here must not take the engine with it: these requests go on plainly, later ones explore again.
             logger.exception("esamp: a step failed; its requests are sampled plainly from here on")

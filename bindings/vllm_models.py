@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def explored(base: Any, name: str) -> Any:
             if mixer is None or hidden_states.shape[-1] != 2 * self.esamp_hidden + DIGITS:
                 return super().compute_logits(hidden_states, *args, **kwargs)
             deep, shallow, digits = torch.split(hidden_states, [self.esamp_hidden, self.esamp_hidden, DIGITS], dim=-1)
-            mixed = mixer.mix(self, shallow, deep.contiguous(), _position(digits), _adapters(self, len(deep)))
+            mixed = mixer.mix(self, shallow, deep.contiguous(), _position(digits), partial(_adapters, self, len(deep)))
             return super().compute_logits(mixed, *args, **kwargs)
 
         def load_weights(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,15 +12,17 @@ row.  It is installed as an entry point of ``vllm.logits_processors``, so no arg
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
+from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 from esamp_core.bindings.vllm_config import PluginConfig, read_request
 from esamp_core.bindings.vllm_mixing import Mixer
-from esamp_core.bindings.vllm_models import mixer_of
+from esamp_core.bindings.vllm_models import is_registered, mixer_of
 from esamp_core.bindings.vllm_report import Report
 
 try:
@@ -39,6 +41,12 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
         self._tap: Mixer | None = mixer_of(vllm_config)  # what the model taps, told here who is in which row
+        architecture = vllm_config.model_config.architecture
+        if self._tap is not None and not is_registered(architecture):
+            raise UnsupportedModelError(
+                f"esamp has no tap for architecture {architecture}: only text-generation models have one, and the "
+                "plugin `esamp` of the group vllm.general_plugins must be loaded (see VLLM_PLUGINS)"
+            )
         self._report = Report(PluginConfig(), lambda: True)  # of an engine that is not configured
         # Named in --logits-processors too, there are two of it: the first one tells.
         if self._tap is not None and self._tap.told_by is None:
@@ -78,5 +86,8 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
 
     def _warn_in_vain(self, joined: Iterable[Any]) -> None:
         """Of requests that ask an engine that is not configured."""
-        if self._tap is None and any(read_request(params, PluginConfig()) is not None for params in joined):
-            self._report.not_configured()
+        if self._tap is None:
+            for params in joined:
+                with contextlib.suppress(ArgumentError):  # was answered at admission
+                    if read_request(params, PluginConfig()) is not None:
+                        self._report.not_configured()

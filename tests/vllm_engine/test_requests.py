@@ -45,7 +45,7 @@ def request(extra: Any, **given: Any) -> SamplingParams:
         ({"esamp_beta": 0.0}, None),
         ({}, None),
         (None, None),
-        ({"other": 3}, None),
+        ({"other": 3, 7: 1}, None),
     ],
 )
 def test_request_is_read(extra: Any, want: RequestParams | None) -> None:
@@ -53,7 +53,7 @@ def test_request_is_read(extra: Any, want: RequestParams | None) -> None:
     assert read_request(request(extra), CONFIG) == want
     # With a default, those that do not say get it, but not where the likeliest answer is asked for.
     default = PluginConfig(RequestParams(0.3), beta=0.75)
-    says = any(name.startswith("esamp") for name in extra or {})
+    says = any(str(name).startswith("esamp") for name in extra or {})
     assert read_request(request(extra), default) == (want if says else RequestParams(0.3))
     assert read_request(request(extra, temperature=0.0), default) == (want if says else None)
 
@@ -87,6 +87,8 @@ def test_request_is_read(extra: Any, want: RequestParams | None) -> None:
         ({"esamp": 7, "esamp_beta": 1.0}, "esamp must be true, false, or an object"),
         ({"esamp": {"x" * 100_000: 1}}, "only the keys"),
         ({"esamp": {str(i): i for i in range(100_000)}}, "only the keys"),
+        ({"esamp": {1: 2, None: 3}}, "only the keys"),
+        ([("esamp", 1)], "extra_args must be an object"),
     ],
 )
 def test_request_is_refused(extra: Any, complaint: str) -> None:
@@ -206,6 +208,14 @@ def test_speculators_of_tokens_are_accepted_in_v2(qwen3: str, method: str) -> No
 def test_architecture_without_the_interface_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="GPTBigCodeForCausalLM: vLLM gives no access"):
         check_architecture(type("GPTBigCodeForCausalLM", (torch.nn.Module,), {}))
+
+
+def test_plugin_that_was_not_loaded_is_missed(qwen3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing would explore, and nobody would say so."""
+    config = engine_config(qwen3, {})
+    monkeypatch.setattr("esamp_core.bindings.vllm_models._bases", {})
+    with pytest.raises(UnsupportedModelError, match=r"no tap for architecture Qwen3ForCausalLM.*VLLM_PLUGINS"):
+        ExploratoryProcessor(config, torch.device("cpu"), False)
 
 
 def test_other_version_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,9 @@ def test_adapters_have_their_own_distillers(qwen3: str, checkpoints_dir: Path) -
     results = llm.generate(inputs, sampling, lora_request=[None, adapter], use_tqdm=False)
     assert [[list(sample.token_ids) for sample in result.outputs] for result in results] == alone
     assert generate(llm, sampling, ["hello", "hello"]) != alone  # without adapters they are siblings
+    # More rows than are mapped to adapters: those of the prompt, which are not sampled.
+    (result,) = ask(llm, [params(2, seed=5, prompt_logprobs=0, extra_args={"esamp_beta": 3.0})], ["hello"])
+    assert len(result.prompt_logprobs) == len(tokenise("hello"))
 
 
 def test_speculative_decoding(qwen3: str, reference: Any, captured: Any) -> None:
