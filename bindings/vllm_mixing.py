@@ -36,17 +36,17 @@ class Request:
     number: int  # of those that joined this engine, the same on every tensor-parallel rank
     prompt: Sequence[int]
     fed: int  # tokens that are fed before the first is drawn: the prompt, and what was drawn before a preemption
-    adapter: int | None  # the LoRA adapter; None where it is not known before the forward
+    adapter: int | None  # the LoRA adapter, 0 for none; None until it is known, in V1
     plain: bool = False  # found no Distiller slot, or a fault: sampled plainly to its end
 
     @property
     def drawn_before(self) -> bool:
         return self.fed > len(self.prompt)
 
-    def group(self, adapter: int) -> Hashable:
+    def group(self) -> Hashable:
         """Which requests share a Distiller: of one adapter, those that name a group, or else those of one prompt."""
-        adapter, named = adapter if self.adapter is None else self.adapter, self.asked.group is not None
-        digest = hashlib.blake2b(f"{adapter} {named} ".encode(), digest_size=16)
+        named = self.asked.group is not None
+        digest = hashlib.blake2b(f"{self.adapter} {named} ".encode(), digest_size=16)
         digest.update(repr(self.asked.group).encode() if named else array("q", self.prompt).tobytes())
         return digest.hexdigest()
 
@@ -141,24 +141,27 @@ class Mixer:
             with torch.inference_mode(False), torch.no_grad():
                 if self.explorer is None or _weights_of(model) != self._weights:
                     self.start(model, deep.device, deep.dtype)
-                return self._step(keys, present, shallow, deep, position, adapters())
+                return self._step(keys, present, shallow, deep, position, adapters)
         except Exception:
-            # A fault here must not take the engine with it: these requests go on plainly, later ones explore again.
-            logger.exception("esamp: a step failed; its requests are sampled plainly from here on")
-            for request in present:
-                if request is not None:
-                    request.plain = True
-            self.explorer = None
-            self.report.fault()
+            self._fault(present)
             return deep
+
+    def _fault(self, present: list[Request | None]) -> None:
+        """An error must not take the engine with it: these requests go on plainly, later ones explore again."""
+        logger.exception("esamp: a step failed; its requests are sampled plainly from here on")
+        for request in present:
+            if request is not None:
+                request.plain = True
+        self.explorer = self._staged = None
+        self.report.fault()
 
     def _step(
         self, keys: list[int], present: list[Request | None], shallow: Tensor, deep: Tensor, position: Tensor,
-        adapters: Sequence[int] | None,
+        adapters: Callable[[], Sequence[int] | None],
     ) -> Tensor:  # fmt: skip
         explorer = self.explorer
         assert explorer is not None
-        self.accept(None)
+        self._learn(None)
         self._batch.update(explorer, present, adapters, self.report)
         rows = self._batch.spread(keys, present)
         if rows is None:
@@ -170,24 +173,33 @@ class Mixer:
         mixed = explorer.mix(deep, rows)
         self._staged = deep, rows
         if not self.speculates:
-            self.accept(None)
+            self._learn(None)
         self.report.step(explorer, rows)
         return mixed
 
-    def accept(self, accepted: Tensor | None) -> None:
-        """Learn from the step that was mixed.  accepted: int [requests], the rows of each that were followed by a token
-        that stays, as a prefix of them; None: all rows.  The forward that comes next runs beside it."""
+    def accept(self, accepted: Tensor) -> None:
+        """Of the step that was mixed: int [requests], how many rows of each were followed by a token that stays."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._learn(accepted)
+        except Exception:
+            self._fault(list(self.requests.values()))
+
+    def _learn(self, accepted: Tensor | None) -> None:
+        """From the step that was mixed, if it was not yet; the forward that comes next runs beside it.
+
+        accepted: rows that teach, as the first so many of each sequence; None: all.
+        """
         staged, self._staged = self._staged, None
         if staged is None or self.explorer is None:
             return
         deep, rows = staged
-        with torch.inference_mode(False), torch.no_grad():
-            teaches = None
-            if accepted is not None:
-                of, ordinal = self._batch.sequence
-                teaches = ordinal < accepted.to(torch.int64)[of]
-            self.explorer.learn(deep, rows, teaches=teaches)
-            self.explorer.flush()
+        teaches = None
+        if accepted is not None:
+            of, ordinal = self._batch.sequence
+            teaches = ordinal < accepted.to(torch.int64)[of]
+        self.explorer.learn(deep, rows, teaches=teaches)
+        self.explorer.flush()
 
 
 def complete(config: DistillerConfig, model: Any) -> DistillerConfig:
@@ -234,16 +246,20 @@ class _Batch:
         self.fed = self.sequence = torch.empty(0)
 
     def update(
-        self, explorer: Explorer, present: list[Request | None], adapters: Sequence[int] | None, report: Report
+        self,
+        explorer: Explorer,
+        present: list[Request | None],
+        adapters: Callable[[], Sequence[int] | None],
+        report: Report,
     ) -> None:
         """Close the rows of requests that left, open rows for those that joined."""
         report.plain(len({request for request in present if request is not None and request.plain}))
         if self._seen is not None and present == self._seen[1]:
             return
-        here: dict[Request, int] = {}
+        here: dict[Request, int] = {}  # at its first row
         for place, request in enumerate(present):
             if request is not None and not request.plain:
-                here.setdefault(request, 0 if adapters is None else adapters[place])
+                here.setdefault(request, place)
         stay = [i for i, request in enumerate(self._requests) if request in here]
         known = set(self._requests)
         joined = [request for request in here if request not in known]
@@ -254,24 +270,28 @@ class _Batch:
         if len(stay) < len(self._requests):
             self._rows = self._rows.keep(stay)
             self._requests = [self._requests[i] for i in stay]
-        self._open(explorer, joined, here, report)
+        known_now = adapters() if any(request.adapter is None for request in joined) else None
+        for request in joined:
+            if request.adapter is None:
+                request.adapter = 0 if known_now is None else known_now[here[request]]
+        self._open(explorer, joined, report)
         self._seen = None
 
-    def _open(self, explorer: Explorer, joined: list[Request], adapter: dict[Request, int], report: Report) -> None:
+    def _open(self, explorer: Explorer, joined: list[Request], report: Report) -> None:
         if not joined:
             return
         assert self._rows is not None
         try:
             opened = explorer.open(
-                [(self._generation, request.group(adapter[request])) for request in joined],
+                [(self._generation, request.group()) for request in joined],
                 [SamplingParams(beta=request.asked.beta, seed=self._seed_of(request)) for request in joined],
                 retain=True,  # a row that is not scheduled in a step is not over
             )
         except Exception as error:
             if len(joined) > 1:  # the others may find a slot, or be without fault
                 middle = len(joined) // 2
-                self._open(explorer, joined[:middle], adapter, report)
-                self._open(explorer, joined[middle:], adapter, report)
+                self._open(explorer, joined[:middle], report)
+                self._open(explorer, joined[middle:], report)
                 return
             if isinstance(error, CapacityError):
                 report.full(self._max_groups)

@@ -56,11 +56,11 @@ class CapturingMixer(Mixer):
             self._write([True] * len(present))
         return mixed
 
-    def accept(self, accepted: Tensor | None) -> None:
+    def _learn(self, accepted: Tensor | None) -> None:
         if accepted is not None and self._staged is not None:
             of, ordinal = self._batch.sequence
             self._write((ordinal < accepted[of]).tolist())
-        super().accept(accepted)
+        super()._learn(accepted)
 
     def _write(self, teaches: list[bool]) -> None:
         CapturingMixer.captured += [Row(*row, teaches[i]) for i, *row in self._rows]

@@ -135,10 +135,10 @@ def test_a_request_that_cannot_join_costs_itself_alone(
     llm = make_llm(qwen3, {})
     real = vllm_mixing.Request.group
 
-    def group(self: Any, adapter: int) -> Any:
+    def group(self: Any) -> Any:
         if self.asked.group == 2:
             raise OverflowError("hostile")
-        return real(self, adapter)
+        return real(self)
 
     monkeypatch.setattr(vllm_mixing.Request, "group", group)
     outputs = generate(llm, [named(i) for i in range(5)])
