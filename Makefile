@@ -94,7 +94,7 @@ test: venv ## all tests; without a GPU the kernels run in Triton's interpreter (
 
 OLDEST := VENV=$(OLDEST_VENV) WITH='$(shell grep -E '^[a-z]' constraints-oldest.txt)'
 # What depends on other packages: models, generate, files, the command line, Triton's language; and what rounding may decide.
-OLDEST_TESTS := $(foreach name,decoder decoder_models decoder_taps decoder_text hf hf_calls hf_refused package cli \
+OLDEST_TESTS := $(foreach name,decoder decoder_latent decoder_models decoder_taps decoder_text hf hf_calls hf_latent hf_refused mix package cli \
 	countdown_model quality_calibrate kernels_draw kernels_distiller distiller_ops learning_rule,tests/test_$(name).py)
 
 .PHONY: venv-oldest

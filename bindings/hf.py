@@ -105,8 +105,9 @@ def explore(
     complete = parts.complete(config)
     if apply == "candidates":
         return Exploration(parts, base, params, named, complete, filter_order, max_candidates, explorer)
-    given = {"seed": seed, "params": params}
-    if wrong := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+    given = {"seed": seed, "params": params, "filter_order": filter_order, "max_candidates": max_candidates}
+    default = {"seed": None, "params": None, "filter_order": "transformers", "max_candidates": 256}
+    if wrong := [f"{name}={value!r}" for name, value in given.items() if value != default[name]]:
         raise ArgumentError(f'with apply="latent" generate draws, by its own parameters: leave out {", ".join(wrong)}')
     used = complete if explorer is None else explorer.config
     require(used.target == "deep", "config.target", 'be "deep" with apply="latent"', used.target)

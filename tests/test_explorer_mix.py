@@ -14,7 +14,7 @@ from torch import Tensor
 from esamp_core.base.errors import ArgumentError, StateError
 from esamp_core.sample import DistillerConfig, Explorer, Head, SamplingParams
 from tests.kernel_cases import equal_bits, quick_interpreter
-from tests.test_mix import BACKENDS, FLAG, same_bits
+from tests.test_mix import FLAG, same_bits
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ def _quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("ESAMP_BACKEND", request.param)
     return str(request.param)

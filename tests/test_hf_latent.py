@@ -341,6 +341,7 @@ def test_misuse_is_told(model: Any) -> None:
         ({"apply": "both"}, "apply must be"),
         ({"apply": "latent", "seed": 3}, "leave out seed=3"),
         ({"apply": "latent", "params": SamplingParams()}, "leave out params="),
+        ({"apply": "latent", "filter_order": "vllm", "max_candidates": 8}, "leave out filter_order='vllm', max_cand"),
         ({"apply": "latent", "config": DistillerConfig(target="choice")}, 'config.target must be "deep"'),
     ],
 )

@@ -111,7 +111,7 @@ def test_is_the_formula(backend: str, device: str, rows: int, hidden: int, slots
 @settings(max_examples=30)
 @given(
     slot=st.lists(st.integers(-1, 4), min_size=0, max_size=12),
-    hidden=st.integers(1, 90),
+    hidden=st.sampled_from((1, 17, 64, 90)),  # each is compiled by itself
     slots=st.integers(1, 4),
     dtype=st.sampled_from(DTYPES),
     name=st.sampled_from(BACKENDS),
