@@ -133,8 +133,9 @@ def test_strides_and_memory_given(backend: str, device: str) -> None:
     apart[:, 3:27], across.T[:] = deep, deep
     for tensor in (apart[:, 3:27], across.T):
         out, status = torch.full((4, 40), 7.0).bfloat16().to(device), torch.full((4,), 64, dtype=torch.int32).to(device)
-        got, _ = inputs.run(device, deep=tensor, out=out[:, 8:32], status=status)
-        assert got.hidden.data_ptr() == out[:, 8:32].data_ptr() and got.status is status
+        inside = out[:, 8:32]
+        got, _ = inputs.run(device, deep=tensor, out=inside, status=status)
+        assert got.status is status
         assert same_bits(out[:, 8:32].contiguous(), want.hidden) and status.tolist() == [64] * 4
         assert (out[:, :8] == 7).all() and (out[:, 32:] == 7).all()
     assert same_bits(apart[:, 3:27].contiguous(), deep)

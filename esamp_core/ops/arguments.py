@@ -119,9 +119,8 @@ def check_mixed_out(out: Tensor | None, status: Tensor | None, deep: Tensor) -> 
     """Memory for the mixed states of deep, and for their flags."""
     if out is not None:
         check_tensor("out", out, tuple(deep.shape), deep.device)
-        shared = out.untyped_storage().data_ptr() == deep.untyped_storage().data_ptr() and deep.numel() > 0
-        fits = out.dtype == deep.dtype and (out.stride(1) == 1 or out.shape[1] <= 1) and not shared
-        got = f"{describe(out)}, strides {out.stride()}{', of the same memory' if shared else ''}"
+        fits = out.dtype == deep.dtype and (out.stride(1) == 1 or out.shape[1] <= 1) and out is not deep
+        got = f"{describe(out)}, strides {out.stride()}{', deep itself' if out is deep else ''}"
         require(fits, "out", f"be {deep.dtype} with a row's numbers side by side, in other memory than deep", got)
     if status is not None:
         check_tensor("status", status, (deep.shape[0],), deep.device, "int")
