@@ -26,14 +26,14 @@ import operator
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from esamp_core.base.checks import check_hashables, require
-from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
+from esamp_core.base.checks import check_hashables
+from esamp_core.base.config import Apply, DistillerConfig, FilterOrder, SamplingParams, check_apply, check_options
 from esamp_core.base.errors import ArgumentError, StateError, UnsupportedModelError
 from esamp_core.base.seeds import seeded_params
 from esamp_core.base.tensors import Draw, Status, warn_of_bad_numbers
@@ -49,8 +49,6 @@ from esamp_core.bindings.hf_latent import LatentExploration
 from esamp_core.explorer import Explorer, Rows
 from esamp_core.models.parts import ModelParts, find_parts
 from esamp_core.models.taps import PassiveTaps, Tapped, check_head
-
-Apply = Literal["candidates", "latent"]
 
 
 def explore(
@@ -97,20 +95,18 @@ def explore(
         raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
     if explorer is not None and config is not None:
         raise ArgumentError("config must be left out when an explorer is given, which has its own")
-    require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
     check_options(filter_order, max_candidates)
     parts = find_parts(model, shallow_layer)
     base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
     named = None if groups is None else check_hashables("groups", groups)
     complete = parts.complete(config)
+    check_apply(apply, (complete if explorer is None else explorer.config).target)
     if apply == "candidates":
         return Exploration(parts, base, params, named, complete, filter_order, max_candidates, explorer)
     given = {"seed": seed, "params": params, "filter_order": filter_order, "max_candidates": max_candidates}
     default = {"seed": None, "params": None, "filter_order": "transformers", "max_candidates": 256}
     if wrong := [f"{name}={value!r}" for name, value in given.items() if value != default[name]]:
         raise ArgumentError(f'with apply="latent" generate draws, by its own parameters: leave out {", ".join(wrong)}')
-    used = complete if explorer is None else explorer.config
-    require(used.target == "deep", "config.target", 'be "deep" with apply="latent"', used.target)
     return LatentExploration(parts, base.beta, named, complete, explorer)
 
 

@@ -1,9 +1,8 @@
 """The latent form inside transformers' own ``generate()``: what the head sees is mixed, generate does the rest.
 
 A forward is a step if ``generate`` makes it for a next token (``hf_generate.running_call``).  Its shallow state
-predicts
-in the middle of it, beside the later blocks; before the head the deep state of the last position is mixed, and staged
-to be learned.  Penalties, processors, beams, scores and the draw come after the head and are generate's own.
+predicts in the middle of it, beside the later blocks; before the head the deep state of the last position is mixed,
+and staged to be learned.  Penalties, processors, beams, scores and the draw come after the head and are generate's own.
 """
 
 from __future__ import annotations

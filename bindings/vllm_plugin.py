@@ -30,6 +30,8 @@ try:
 except ImportError:  # a vLLM without the V2 model runner
     LogitsProcessorV2 = object
 
+_DEFAULTS = PluginConfig()  # where an engine's own are not known
+
 
 class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
     """Changes no logits.  Satisfies the interfaces of both model runners; V2 tells its model state who is where."""
@@ -37,7 +39,7 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Raises ArgumentError, a ValueError, which fails the request alone."""
-        read_request(sampling_params, PluginConfig())
+        read_request(sampling_params, _DEFAULTS)
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
         self._tap: Mixer | None = mixer_of(vllm_config)  # what the model taps, told here who is in which row
@@ -47,7 +49,7 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
                 f"esamp has no tap for architecture {architecture}: only text-generation models have one, and the "
                 "plugin `esamp` of the group vllm.general_plugins must be loaded (see VLLM_PLUGINS)"
             )
-        self._report = Report(PluginConfig(), lambda: True)  # of an engine that is not configured
+        self._report = Report(_DEFAULTS, lambda: True)  # of an engine that is not configured
         # Named in --logits-processors too, there are two of it: the first one tells.
         if self._tap is not None and self._tap.told_by is None:
             self._tap.told_by = self
@@ -89,5 +91,5 @@ class ExploratoryProcessor(LogitsProcessor, LogitsProcessorV2):
         if self._tap is None:
             for params in joined:
                 with contextlib.suppress(ArgumentError):  # was answered at admission
-                    if read_request(params, PluginConfig()) is not None:
+                    if read_request(params, _DEFAULTS) is not None:
                         self._report.not_configured()

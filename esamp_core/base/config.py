@@ -11,6 +11,7 @@ from esamp_core.base.checks import is_int, is_real, require
 
 FilterOrder = Literal["transformers", "vllm"]
 FILTER_ORDERS: tuple[FilterOrder, ...] = ("transformers", "vllm")
+Apply = Literal["candidates", "latent"]
 
 # Below this, logits / temperature loses its meaning in float32; 0 means greedy and is exact.
 MIN_TEMPERATURE = 1e-3
@@ -22,6 +23,13 @@ def check_options(filter_order: str, max_candidates: int) -> None:
     require(filter_order in FILTER_ORDERS, "filter_order", f"be one of {FILTER_ORDERS}", filter_order)
     ok = is_int(max_candidates) and 1 <= max_candidates <= 1024
     require(ok, "max_candidates", "be an integer in 1..1024", max_candidates)
+
+
+def check_apply(apply: str, target: str) -> None:
+    """apply: the form of exploration.  target: what the Distillers learn."""
+    require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
+    ok = apply == "candidates" or target == "deep"
+    require(ok, "config.target", 'be "deep" with apply="latent"', target)
 
 
 @dataclass(frozen=True)

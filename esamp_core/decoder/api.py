@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from esamp_core.base.checks import is_int, require
-from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams
+from esamp_core.base.config import Apply, DistillerConfig, FilterOrder, SamplingParams, check_apply
 from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 from esamp_core.base.seeds import seeded_params
 from esamp_core.decoder.cuda_graph import GraphMode, GraphPolicy
 from esamp_core.decoder.kv_cache import check_padding, holds_nothing
-from esamp_core.decoder.loop import Apply, CacheKind, Run
+from esamp_core.decoder.loop import CacheKind, Run
 from esamp_core.decoder.output import Output
 from esamp_core.decoder.prompts import Prompt, Prompts, read_prompts, stop_token_ids_of
 from esamp_core.decoder.results import Generation, Token
@@ -126,7 +126,6 @@ class Decoder:
         apply: Apply = "candidates",
         explorer: Explorer | None = None,
     ) -> None:
-        require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
         if explorer is not None and config is not None:
             raise ArgumentError("config must be left out when an explorer is given, which has its own")
         self.model, self.tokenizer = model, tokenizer
@@ -134,10 +133,8 @@ class Decoder:
         check_padding(self.parts)
         self.filter_order, self.max_candidates = filter_order, max_candidates
         self.config = self.parts.complete(config)
+        check_apply(apply, (self.config if explorer is None else explorer.config).target)
         self.apply = apply
-        target = (self.config if explorer is None else explorer.config).target
-        ok = apply == "candidates" or target == "deep"
-        require(ok, "config.target", 'be "deep" with apply="latent"', target)
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold

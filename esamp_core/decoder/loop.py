@@ -25,7 +25,6 @@ from esamp_core.models.parts import ModelParts
 from esamp_core.models.taps import Tapped, Taps
 
 CacheKind = Literal["dynamic", "static"]
-Apply = Literal["candidates", "latent"]
 
 
 class Run:

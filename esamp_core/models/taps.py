@@ -182,6 +182,16 @@ class ForeignTaps(Taps):
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         pass
 
+    def _check_once(self, **tapped: list[Tensor]) -> None:
+        """Raises UnsupportedModelError if a tap did not run exactly once in the latest forward."""
+        for what, states in tapped.items():
+            if len(states) != 1:
+                raise UnsupportedModelError(
+                    f"the tap on {type(self._parts.model).__name__}'s {what} ran {len(states)} times in a forward "
+                    "instead of once; a model that was compiled before its taps were installed ignores them: call "
+                    "torch.compiler.reset() after entering explore(...), or compile there"
+                )
+
 
 class MixingTaps(ForeignTaps):
     """Taps of a model whose head is to see other states than its own.
@@ -217,13 +227,7 @@ class MixingTaps(ForeignTaps):
             return None
         self.positions = inputs[0].shape[1]
         given = super()._tap_deep(module, inputs)
-        for name, tapped in (("block", self._shallow), ("head", self._deep)):
-            if len(tapped) != 1:
-                raise UnsupportedModelError(
-                    f"the tap on {type(self._parts.model).__name__}'s {name} ran {len(tapped)} times in a forward "
-                    "instead of once; a model that was compiled before its taps were installed ignores them: call "
-                    "torch.compiler.reset() after entering explore(...), or compile there"
-                )
+        self._check_once(block=self._shallow, head=self._deep)
         return given
 
 
@@ -255,14 +259,7 @@ class PassiveTaps(ForeignTaps):
         Raises UnsupportedModelError if a tap did not run exactly once in it.
         """
         skipped, self._skipped = self._skipped, False
-        name = type(self._parts.model).__name__
-        for what, tapped in (("block", self._shallow), ("head", self._deep), ("model", self._logits)):
-            if len(tapped) != 1:
-                raise UnsupportedModelError(
-                    f"the tap on {name}'s {what} ran {len(tapped)} times in a forward instead of once; a model "
-                    "that was compiled before its taps were installed ignores them: call torch.compiler.reset() after "
-                    "entering explore(...), or compile there"
-                )
+        self._check_once(block=self._shallow, head=self._deep, model=self._logits)
         return Tapped(self._shallow.pop(), self._deep.pop(), self._logits.pop()), skipped
 
 
