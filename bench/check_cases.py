@@ -18,7 +18,7 @@ import torch
 from bench.kernel_ops import Case, check, ops
 from bench.results import ROOT
 
-PROCESSES = 12  # at most; each holds a few GB of the device for a moment
+PROCESSES = 16  # at most; each holds a few GB of the device for a moment
 
 
 def check_one(case: Case, device: str) -> int:

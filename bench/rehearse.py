@@ -60,7 +60,7 @@ def copy_tree(target: Path) -> int:
 
 
 def make_path(folder: Path) -> str:
-    """A PATH with this Python as python3, a few tools, and a stand-in for NVIDIA's memory checker."""
+    """A PATH with this Python as python3, a few tools, and stand-ins for NVIDIA's memory checker and profiler."""
     folder.mkdir()
     for tool in TOOLS:
         found = shutil.which(tool)
@@ -69,7 +69,11 @@ def make_path(folder: Path) -> str:
     (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     checker = '#!/bin/sh\nshift 4  # its options: run_gpu.memcheck_command\nexec "$@"\n'
     (folder / "compute-sanitizer").write_text(checker)
-    for script in ("python3", "compute-sanitizer"):
+    profiler = """#!/bin/sh
+while [ "$#" -gt 0 ]; do case "$1" in */python*) exec "$@" ;; --import) exit 0 ;; esac; shift; done
+"""
+    (folder / "ncu").write_text(profiler)
+    for script in ("python3", "compute-sanitizer", "ncu"):
         (folder / script).chmod(0o755)
     return str(folder)
 

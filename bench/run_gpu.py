@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in runs that fit a machine which is lent for minutes: python -m bench.run_gpu first
 
-    first     what was carried is unpacked; all tests that a GPU runs; kernels; decode
+    first     what was carried is unpacked; all tests that a GPU runs; kernels, and their counters; decode
     second    memory checks, and what the first run left: kernels, decode, transformers compiled
     quality   the samplers' main table, 64 problems and 3 seeds, 1,024 rows at a time
     memcheck  the memory checks alone
 
 Each takes 8 minutes at most.  Every part has its own time and its own processes.  A part that fails or overruns stops
 no other: failing tests are listed first, and the numbers that come after them are marked as unproven.  JSON is written
-after each test and case, into ESAMP_BENCH_OUT: tests.jsonl, kernels.json, decode.json, run.log.  ``send_command`` is
-the line to send to a machine that takes a tree and one command; `make rehearse-gpu` runs it on a CPU first.
+after each test and case, into ESAMP_BENCH_OUT: tests.jsonl, kernels.json, decode.json; counters are CSV; the rest is in
+run.log.  ``send_command`` is the line to send to a machine that takes a tree and one command; `make rehearse-gpu` runs
+it on a CPU first.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def bench_command(module: str, seconds: float, out: Path, *flags: str) -> tuple[
 def first(folder: Path) -> list[Part]:
     kernels, decode = folder / "kernels.json", folder / "decode.json"
     return [
-        Part("unpack", unpack_command(), 40),
-        Part("tests", test_command(), 160),
-        Part("kernels", bench_command("bench.bench_kernels", 150, kernels), 150, again=True),
-        Part("decode", bench_command("bench.bench_decode", 130, decode), 130),
+        Part("unpack", unpack_command(), 30),
+        Part("tests", test_command(), 150),
+        Part("kernels", bench_command("bench.bench_kernels", 165, kernels), 165, again=True),
+        Part("counters", python("-m", "bench.counters", str(folder)), 40),
+        Part("decode", bench_command("bench.bench_decode", 95, decode), 95),
     ]
 
 
@@ -208,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU that PyTorch can use; `make rehearse-gpu` runs the same commands on a CPU")
         return 2
     start, folder = time.monotonic(), output_folder()
-    for stale in ("tests.jsonl", "kernels.json", "decode.json", "run.log"):
+    for stale in ("tests.jsonl", "kernels.json", "decode.json", "run.log", "counters.csv", "source.csv"):
         (folder / stale).unlink(missing_ok=True)
     os.environ["ESAMP_TEST_RECORD"] = str(folder / "tests.jsonl")
     total = TOTAL * patience()

@@ -35,4 +35,4 @@ def test_floors_are_the_bytes_moved() -> None:
     assert (case.bytes - case.scan_bytes) / 4.3e12 == pytest.approx(10.7e-6, rel=0.01)
     assert 2 * DistillerCase(QWEN_7B, 8, 16).weight_bytes / 4.3e12 == pytest.approx(10.2e-6, rel=0.02)
     assert {t.what for t in TARGETS} == {"select_candidates", "explore", "distiller_forward", "distiller_step_", "mix"}
-    assert len({s.name for s in SHAPES}) == len(SHAPES) == 6
+    assert len({s.name for s in SHAPES}) == len(SHAPES) == 8
