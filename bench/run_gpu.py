@@ -83,7 +83,8 @@ def memcheck_command() -> tuple[str, ...]:
 
 
 def bench_command(module: str, seconds: float, out: Path, *flags: str) -> tuple[str, ...]:
-    return python("-m", module, "--seconds", f"{max(1.0, seconds - CASE):.0f}", "--out", str(out), "--resume", *flags)
+    until = max(1.0, seconds - CASE) * patience()
+    return python("-m", module, "--seconds", f"{until:.0f}", "--out", str(out), "--resume", *flags)
 
 
 def first(folder: Path) -> list[Part]:
