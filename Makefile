@@ -135,6 +135,10 @@ test-card: ## all tests on the CPU, and check-kernels, with the GPU machine's ve
 	$(MAKE) test $(CARD)
 	$(MAKE) check-kernels $(CARD)
 
+.PHONY: test-traced
+test-traced: ## what torch traces of the kernels' ops, with the GPU machine's torch, which traces otherwise
+	$(MAKE) test $(CARD) PYTEST_ARGS='-m traced'
+
 CARRIED := .carry/manifest.json
 $(CARRIED): bench/carry.py constraints-card.txt
 	@$(MAKE) venv-card

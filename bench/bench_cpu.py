@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from bench.cases import DRY_SHAPE, SamplingCase, Shape, make_sampling_inputs
 from bench.measure import HostClock, interleaved, median, median_ratio, spread
-from bench.results import output_folder, report, save
+from bench.results import output_folder, report, save, spoken
 from esamp_core.sample import RowParams, SamplingParams, explore
 
 SHAPE = Shape("V=152064 H=896", 152_064, 896)
@@ -95,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     with torch.no_grad():
         cases = measure(DRY_SHAPE, 3, 2) if a.dry else measure(SHAPE, ROWS, a.rounds)
-    command = "python -m bench.bench_cpu " + " ".join(arguments if arguments is not None else sys.argv[1:])
-    body = report("cpu", command.strip(), cases, dry=a.dry, rounds=a.rounds)
+    body = report("cpu", spoken("bench.bench_cpu", arguments), cases, dry=a.dry, rounds=a.rounds)
     save(body, a.out or output_folder() / "cpu.json")
     for row in body["cases"]:
         shown = "-" if row.get("ratio") is None else f"{row['ratio']:.2f} x transformers"

@@ -16,19 +16,18 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bench.measure import median, median_ratio, spread
-from bench.results import continued, dry_by_environment, load, output_folder, report, save, unproven
+from bench.results import continued, dry_by_environment, load, output_folder, report, save, spoken, unproven
 from bench.timeline import breakdown, record
 from esamp_core.decoder import Decoder
 from esamp_core.decoder.cuda_graph import GraphMode
@@ -74,8 +73,8 @@ class DecodeCase:
 
 # The most wanted first: a run ends when its time does.
 CASES = (
-    DecodeCase(QWEN_7B, 8, 16, profiled=True, target=0.995),
     DecodeCase(QWEN_0_5B, 8, 16, profiled=True, target=0.98),
+    DecodeCase(QWEN_7B, 8, 16, new_tokens=128, profiled=True, target=0.995),
     DecodeCase(QWEN_0_5B, 1, 16),
     DecodeCase(QWEN_1_5B, 8, 16),
     DecodeCase(QWEN_7B, 1, 16),
@@ -151,6 +150,14 @@ def timed(work: Callable[[], tuple[list[int], int]], device: str) -> Run:
     return Run(seconds, max(lengths), sum(lengths), lengths, updates, peak)
 
 
+class Work(Protocol):
+    def __call__(self, seed: int, new_tokens: int | None = None) -> tuple[list[int], int]:
+        """Each row's length, and the Distiller updates made."""
+
+
+WARM_TOKENS = 8  # compiles every kernel and captures a graph
+
+
 class Variants:
     """The three ways to sample of one model, for one case."""
 
@@ -179,8 +186,11 @@ class Variants:
         # Read after the run: stats() of a running group would wait for the device within it.
         return [len(r.token_ids) for r in results], explorer.updates()
 
-    def transformers(self, seed: int) -> tuple[list[int], int]:
-        """generate(), with a static cache (which it compiles by itself on CUDA) where the case is worth the minute."""
+    def transformers(self, seed: int, new_tokens: int | None = None) -> tuple[list[int], int]:
+        """generate(), with a static cache (which it compiles by itself on CUDA) where the case is worth the minute.
+
+        new_tokens is not heeded: what is compiled depends on it.
+        """
         torch.manual_seed(seed)
         ids = self.prompts.to(self.device)
         out: Tensor = self.model.generate(
@@ -199,10 +209,10 @@ class Variants:
         running = ended.cumsum(1) - ended == 0
         return running.sum(1).tolist(), 0
 
-    def all(self) -> dict[str, Callable[[int], tuple[list[int], int]]]:
+    def all(self) -> dict[str, Work]:
         return {
-            "on": lambda seed: self.explored(seed, 0.25),
-            "off": lambda seed: self.explored(seed, 0.0),
+            "on": lambda seed, new_tokens=None: self.explored(seed, 0.25, new_tokens),
+            "off": lambda seed, new_tokens=None: self.explored(seed, 0.0, new_tokens),
             "transformers": self.transformers,
         }
 
@@ -217,7 +227,7 @@ def measure_case(
     variants = Variants(model, case, device)
     works = {name: work for name, work in variants.all().items() if name in which}
     for work in works.values():
-        work(0)  # warm-up: compile, capture
+        work(0, min(WARM_TOKENS, case.new_tokens))
     names = list(works)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for i in range(rounds):
@@ -323,13 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry = a.dry or dry_by_environment()
     if not dry and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing to measure here (--dry runs the same code on tiny shapes)")
-    command = "python -m bench.bench_decode " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    command = spoken("bench.bench_decode", arguments)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", a.out or output_folder() / "decode.json"
     if not a.resume:  # a changed tree has the same commit, but not the same numbers
         out.unlink(missing_ok=True)
     finished = {(row["case"], row["op"]) for path in a.done for row in load(path)["cases"] if not row.get("failed")}
     body = run(
-        DRY_CASES if dry else CASES, device, dry=dry, seconds=a.seconds, rounds=a.rounds, command=command.strip(),
+        DRY_CASES if dry else CASES, device, dry=dry, seconds=a.seconds, rounds=a.rounds, command=command,
         out=out, peers=a.peers, finished=finished,
     )  # fmt: skip
     print(short_table(body))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,7 +43,7 @@ from bench.measure import (
     rotate,
     spread,
 )
-from bench.results import continued, dry_by_environment, load, output_folder, report, save, unproven
+from bench.results import continued, dry_by_environment, load, output_folder, report, save, spoken, unproven
 from bench.timeline import kernel_medians, record
 
 AGAIN = 75  # exit status: the device is lost to this process, cases are left
@@ -166,13 +165,14 @@ def axes(case: Case) -> dict[str, Any]:
 
 def measure_floors(clock: Clock, device: str, dry: bool) -> dict[str, float]:
     elements, size = (2**12, 32) if dry else (2**29, 8192)
-    result = {"bytes_per_s": copy_bandwidth(clock, device, elements)}
-    result["bf16_flops"] = matrix_rate(clock, device, torch.bfloat16, size)
+    # Products first: they raise the clocks, at which a copy should run too.
+    result = {"bf16_flops": matrix_rate(clock, device, torch.bfloat16, size)}
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         result["tf32_flops"] = matrix_rate(clock, device, torch.float32, size)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
+    result["bytes_per_s"] = copy_bandwidth(clock, device, elements)
     return result
 
 
@@ -301,12 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = a.out or output_folder() / "kernels.json"
     if not a.resume:  # a changed tree has the same commit, but not the same numbers
         out.unlink(missing_ok=True)
-    command = "python -m bench.bench_kernels " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    command = spoken("bench.bench_kernels", arguments)
     left = [case for case in cases if case.name not in {row["case"] for row in continued(out, "kernels")}]
     wrong = check_cases.check_all([case.name for case in left], dry, a.seconds / 2)
     with torch.no_grad():
         results = run(
-            cases, device, dry=dry, seconds=a.seconds - (time.monotonic() - start), command=command.strip(), out=out,
+            cases, device, dry=dry, seconds=a.seconds - (time.monotonic() - start), command=command, out=out,
             wrong=lambda case: wrong[case.name],
         )  # fmt: skip
     if not results.body:

@@ -3,8 +3,9 @@
     counters.csv  each launch: time, the busiest unit's share, bytes, warps, registers, why warps wait
     source.csv    each machine instruction of the kernel that reads the vocabulary: how often it ran, who waited at it
 
-The program that is looked at is `python -m bench.bench_kernels --check CASE`: one case of sampling, one of a Distiller.
-Times under ncu are those of a kernel alone, each launch from a cold cache; clocks are left as they are.
+The program that is looked at is this one with --one CASE: a step of one case of sampling, and of one of a Distiller,
+once, after it was compiled.  A counted launch costs about two seconds.  Times under ncu are those of a kernel alone,
+each launch from a cold cache; clocks are left as they are.
 """
 
 from __future__ import annotations
@@ -16,23 +17,40 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from bench.bench_kernels import dry_cases
 from bench.cases import DistillerCase, SamplingCase, kernel_cases
-from bench.results import ROOT, dry_by_environment
+from bench.kernel_ops import Case, ops
+from bench.results import ROOT, dry_by_environment, output_folder
 
 SECTIONS = (
     "SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "InstructionStats",
     "MemoryWorkloadAnalysis", "SourceCounters",
 )  # fmt: skip
-LAUNCHES = {SamplingCase: 30, DistillerCase: 16}  # enough that each kernel is among them
+CALLS = {SamplingCase: ("explore",), DistillerCase: ("distiller_forward", "distiller_step_")}
 SCAN = "_block_max_kernel"
 
 
-def profile_command(case: str, launches: int, report: Path, dry: bool) -> list[str]:
+def profile_command(case: str, report: Path) -> list[str]:
     sections = [word for name in SECTIONS for word in ("--section", name)]
-    chosen = ["--kernel-name", "regex:^_.*_kernel$", "--launch-count", str(launches), "--clock-control", "none"]
-    check = [sys.executable, "-m", "bench.bench_kernels", *(["--dry"] if dry else []), "--check", case]
-    return ["ncu", "--force-overwrite", "--export", str(report), *sections, *chosen, *check]
+    chosen = ["--profile-from-start", "off", "--kernel-name", "regex:^_.*_kernel$", "--clock-control", "none"]
+    program = [sys.executable, "-m", "bench.counters", "--one", case]
+    return ["ncu", "--force-overwrite", "--export", str(report), *sections, *chosen, *program]
+
+
+def run_one(case: Case, device: str) -> None:
+    """What is counted: the case's calls, between two marks for the profiler."""
+    calls, _ = ops(case, device)
+    chosen = [calls[name][0] for name in CALLS[type(case)]]
+    for call in chosen:
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for call in chosen:
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 def pages(report: Path) -> dict[str, list[str]]:
@@ -44,13 +62,18 @@ def pages(report: Path) -> dict[str, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder, dry = parser.parse_args(arguments).folder, dry_by_environment()
-    cases = dry_cases() if dry else kernel_cases(quick=True)
+    parser.add_argument("folder", type=Path, nargs="?", help="default ESAMP_BENCH_OUT or bench/out")
+    parser.add_argument("--one", metavar="CASE", help="only run this case, as the program that ncu looks at")
+    a = parser.parse_args(arguments)
+    folder, cases = a.folder or output_folder(), dry_cases() if dry_by_environment() else kernel_cases(quick=True)
+    if a.one is not None:
+        with torch.no_grad():
+            run_one(next(case for case in cases if case.name == a.one), "cuda")
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
-        for kind, launches in LAUNCHES.items():
+        for kind in CALLS:
             case, report = next(case for case in cases if isinstance(case, kind)), Path(temporary) / "kernels.ncu-rep"
-            subprocess.run(profile_command(case.name, launches, report, dry), cwd=ROOT, check=True)
+            subprocess.run(profile_command(case.name, report), cwd=ROOT, check=True)
             for name, command in pages(report).items():
                 if name == "source.csv" and kind is not SamplingCase:
                     continue

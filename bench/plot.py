@@ -1,7 +1,7 @@
 """Pictures of result files: python -m bench.plot kernels.json decode.json ... [--out FOLDER]
 
 roofline.png   every op's achieved rate over its operations per byte, under the measured roofs
-scaling.png    microseconds of the whole step over R, V and S
+scaling.png    microseconds of the whole step over R, its peers beside it, over V and S
 overhead.png   decode speed with exploration relative to without, over the number of rows
 cpu.png        the CPU step relative to transformers'
 """
@@ -38,7 +38,9 @@ def roofline(body: dict[str, Any], axes: Any) -> None:
 
 def scaling(body: dict[str, Any], axis: str, axes: Any) -> None:
     rows = body["cases"]
-    ops = ("distiller_forward", "distiller_step_") if axis == "S" else ("select_candidates", "explore")
+    ops = ("distiller_forward", "distiller_step_") if axis == "S" else ("explore", "vanilla", "select_candidates")
+    if axis == "R":
+        ops += ("peer flashinfer", "peer vllm", "peer transformers")
     base = base_name(rows)
     fixed = {"R", "V", "K", "dtype", "kind", "H"} - {axis, "H"} if axis != "S" else set()
     for op in ops:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ def dry_by_environment() -> bool:
 def commit() -> str:
     """This tree's."""
     return environment.commit(ROOT)
+
+
+def spoken(module: str, arguments: Sequence[str] | None) -> str:
+    """The command that measures this again; where its file lay, and that it went on from one, is left out."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    while "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return " ".join(["python -m", module, *(word for word in words if word != "--resume")])
 
 
 def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, **more: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 def send_command(run: str) -> str:
-    """One line, run in the root of the copied tree, which has no .git.  OUT is the folder that comes back."""
+    """One line, run in the root of the copied tree, whose .git may be another's.  OUT is the folder that comes back."""
     limit = f"timeout {TOTAL + 20:.0f}"
     return f'ESAMP_BENCH_OUT="$OUT" ESAMP_COMMIT={commit()} {limit} python3 -m bench.run_gpu {run}'
 
@@ -91,10 +91,10 @@ def first(folder: Path) -> list[Part]:
     kernels, decode = folder / "kernels.json", folder / "decode.json"
     return [
         Part("unpack", unpack_command(), 30),
-        Part("tests", test_command(), 150),
-        Part("kernels", bench_command("bench.bench_kernels", 165, kernels), 165, again=True),
-        Part("counters", python("-m", "bench.counters", str(folder)), 40),
-        Part("decode", bench_command("bench.bench_decode", 95, decode), 95),
+        Part("tests", test_command(), 130),
+        Part("kernels", bench_command("bench.bench_kernels", 140, kernels), 140, again=True),
+        Part("counters", python("-m", "bench.counters", str(folder)), 60),
+        Part("decode", bench_command("bench.bench_decode", 120, decode), 120),
     ]
 
 

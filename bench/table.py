@@ -55,9 +55,29 @@ def cpu_table(body: dict[str, Any]) -> list[str]:
     return lines
 
 
+PEERS = {
+    "explore": "with exploration",
+    "vanilla": "without",
+    "peer flashinfer": "FlashInfer",
+    "peer vllm": "vLLM's Triton sampler",
+    "peer transformers": "transformers",
+}
+
+
+def step_table(body: dict[str, Any]) -> list[str]:
+    """Whole sampling steps in µs, ours and the peers', for the cases in which peers ran."""
+    lines = [f"| whole step, µs | {' | '.join(PEERS.values())} |", "|---" * (1 + len(PEERS)) + "|"]
+    times = {(row["case"], row["op"]): row.get("microseconds") for row in body["cases"]}
+    for case in dict.fromkeys(row["case"] for row in body["cases"]):
+        if any((case, op) in times for op in PEERS if op.startswith("peer")):
+            lines.append(f"| {case} | {' | '.join(number(times.get((case, op)), 0) for op in PEERS)} |")
+    return lines if len(lines) > 2 else []
+
+
 def kernel_table(body: dict[str, Any]) -> list[str]:
-    lines = ["| case | op | µs | GB/s | x floor | target, µs |", "|---|---|---|---|---|---|"]
-    first = list(dict.fromkeys(row["case"] for row in body["cases"]))[:4]
+    lines = [*step_table(body), ""] if step_table(body) else []
+    lines += ["| case | op | µs | GB/s | x floor | target, µs |", "|---|---|---|---|---|---|"]
+    first = list(dict.fromkeys(row["case"] for row in body["cases"]))[:3]
     for row in body["cases"]:
         if row["case"] in first and row.get("of_floor") is not None:
             cells = [number(row["microseconds"], 1), number(row["gb_per_s"], 0), number(row["of_floor"])]

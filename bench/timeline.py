@@ -1,9 +1,9 @@
-"""Where device time goes: intervals of device work per stream, from torch.profiler.
+"""Where device time goes: intervals of device work, from torch.profiler.
 
-busy     time in which a stream has work running
-hidden   time in which a second stream works while the main stream does too: exploration that takes no time of the step
-exposed  the rest of the second streams' time
-gaps     time in which no stream works: launches, the host
+busy     time in which anything runs
+gaps     time in which nothing does: launches, the host
+hidden   time of the Distillers' kernels in which something else runs too: it takes no time of the step
+exposed  the rest of their time
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+DISTILLER_KERNELS = frozenset(
+    f"_{name}_kernel"
+    for name in ("project", "reduce", "expand", "norm", "mix", "error", "back", "gates", "settle", "update")
+)
 
 
 class Interval(NamedTuple):
@@ -57,26 +61,21 @@ def overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) 
 
 
 def breakdown(intervals: Sequence[Interval]) -> dict[str, float]:
-    """Microseconds; the main stream is the busiest one.  Empty without device work."""
+    """Microseconds.  By kernel, not by stream: a graph's replay may put a branch on any.  Empty without device work."""
     if not intervals:
         return {}
-    streams: dict[int, list[tuple[float, float]]] = {}
-    for i in intervals:
-        streams.setdefault(i.stream, []).append((i.start, i.end))
-    merged = {stream: union(spans) for stream, spans in streams.items()}
-    main = max(merged, key=lambda stream: length(merged[stream]))
-    second = union([span for stream, spans in merged.items() if stream != main for span in spans])
-    everything = union([span for spans in merged.values() for span in spans])
-    hidden = overlap(merged[main], second)
-    wall = everything[-1][1] - everything[0][0]
+    learning = union([(i.start, i.end) for i in intervals if i.name in DISTILLER_KERNELS])
+    others = union([(i.start, i.end) for i in intervals if i.name not in DISTILLER_KERNELS])
+    everything = union([*learning, *others])
+    wall, hidden = everything[-1][1] - everything[0][0], overlap(learning, others)
     return {
         "wall_us": wall,
-        "main_busy_us": length(merged[main]),
-        "second_busy_us": length(second),
-        "second_hidden_us": hidden,
-        "second_exposed_us": length(second) - hidden,
+        "busy_us": length(everything),
         "gaps_us": wall - length(everything),
-        "streams": float(len(streams)),
+        "distiller_us": length(learning),
+        "distiller_hidden_us": hidden,
+        "distiller_exposed_us": length(learning) - hidden,
+        "streams": float(len({i.stream for i in intervals})),
     }
 
 

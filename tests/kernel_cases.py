@@ -224,3 +224,17 @@ def quick_interpreter() -> Iterator[None]:
         yield
     finally:
         interpreter.InterpretedFunction.__call__, tl.sort = real_call, real_sort
+
+
+def padded(t: Tensor) -> Tensor:
+    """The same rows in bfloat16, within those of a wider tensor."""
+    whole = torch.full((len(t), t.shape[1] + 5), float("nan"), dtype=torch.bfloat16, device=t.device)
+    whole[:, : t.shape[1]] = t
+    return whole[:, : t.shape[1]]
+
+
+def stepped(t: Tensor) -> Tensor:
+    """The same rows in float32, as every second column of a wider tensor."""
+    whole = torch.full((len(t), 2 * t.shape[1]), float("nan"), device=t.device)
+    whole[:, ::2] = t
+    return whole[:, ::2]

@@ -332,6 +332,7 @@ def install() -> None:
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None  # type: ignore[assignment]
     torch.cuda.graphs.CUDAGraph = CUDAGraph  # type: ignore[misc,assignment]
     torch.Generator = _cpu_generator(torch.Generator)  # type: ignore[misc]
     profile = torch.profiler.profile  # a GPU's own records are what only a GPU has

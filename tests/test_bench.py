@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from bench.cases import DRY_SHAPE, ROWS, SHAPES, TOP_K, DistillerCase, SamplingC
 from bench.kernel_ops import DistillerInputs, check, sampling_ops
 from bench.measure import HostClock, floor_seconds, interleaved, median_ratio, spread
 from bench.peers import eager
-from bench.results import load, report, save, without_times
-from bench.timeline import Interval, breakdown, device_intervals, kernel_medians, overlap, union
+from bench.results import ROOT, load, report, save, without_times
+from bench.timeline import DISTILLER_KERNELS, Interval, breakdown, device_intervals, kernel_medians, overlap, union
 
 
 class FakeTime:
@@ -74,7 +75,7 @@ def test_cases_cover_what_is_asked() -> None:
     assert set(kernel_cases(quick=True)) < set(kernel_cases())
     grid = {(c.prompts, c.samples) for c in CASES}
     assert grid == {(1, 1), (1, 16), (8, 16), (32, 16)} and {c.model for c in CASES} == {QWEN_0_5B, QWEN_1_5B, QWEN_7B}
-    assert len(CASES) == 12 and all(c.new_tokens == 256 for c in CASES)
+    assert len(CASES) == 12 and {c.new_tokens for c in CASES} == {128, 256}
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
@@ -171,22 +172,26 @@ def test_no_update_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     import bench.bench_decode as module
 
     case = DecodeCase(DRY_MODEL, 1, 1, 3)
-    monkeypatch.setattr(
-        module.Variants, "all", lambda self: {"on": lambda seed: ([3], 0), "off": lambda seed: ([3], 0)}
-    )
+    monkeypatch.setattr(module.Variants, "all", lambda self: dict.fromkeys(("on", "off"), lambda *_: ([3], 0)))
     with pytest.raises(RuntimeError, match="no Distiller was updated"):
         module.measure_case(case, build_model(DRY_MODEL, "cpu", torch.float32), "cpu", 1)
 
 
 def test_breakdown_by_hand() -> None:
-    """main 0-10, 12-20; second 5-8 (hidden), 9-11 (half hidden), 25-26 (alone)."""
-    spans = [(1, 0, 6), (1, 6, 10), (1, 12, 20), (2, 5, 8), (2, 9, 11), (2, 25, 26)]
-    got = breakdown([Interval("k", stream, float(a), float(b)) for stream, a, b in spans])
+    """The model 0-10, 12-20; learning 5-8 (hidden), 9-11 (half hidden), 25-26 (alone); on whatever stream."""
+    spans = [("k", 0, 6), ("k", 6, 10), ("k", 12, 20), ("_back_kernel", 5, 8), ("_mix_kernel", 9, 11)]
+    spans.append(("_update_kernel", 25, 26))
+    got = breakdown([Interval(name, i % 2, float(a), float(b)) for i, (name, a, b) in enumerate(spans)])
     assert got == {
-        "wall_us": 26, "main_busy_us": 18, "second_busy_us": 6, "second_hidden_us": 4, "second_exposed_us": 2,
-        "gaps_us": 6, "streams": 2,
+        "wall_us": 26, "busy_us": 20, "gaps_us": 6, "distiller_us": 6, "distiller_hidden_us": 4,
+        "distiller_exposed_us": 2, "streams": 2,
     }  # fmt: skip
     assert breakdown([]) == {}
+
+
+def test_distiller_kernels_are_those_of_the_room() -> None:
+    texts = [path.read_text() for path in (ROOT / "kernels" / "distiller").glob("*.py")]
+    assert {name for text in texts for name in re.findall(r"def (_\w+_kernel)\(", text)} == DISTILLER_KERNELS
 
 
 def test_spans() -> None:
@@ -257,6 +262,7 @@ def fake_results() -> dict[str, dict[str, Any]]:
          "kind": "random", "microseconds": 12.34, "gb_per_s": 99.0, "of_floor": 1.5, "bytes": 8.0, "flops": 2.0}
         for r in (1, 8)
     ]  # fmt: skip
+    kernels.append({"name": "c8: peer", "case": "c8", "op": "peer flashinfer", "R": 8, "V": 10, "microseconds": 45.6})
     decode = [
         {"name": f"m: {op}", "case": "m 1x1", "op": op, "model": "m", "R": 1, "milliseconds": 3.21,
          "tokens_per_s": 77.0, "ratio": 0.991, "target": 0.98}
@@ -279,7 +285,7 @@ def test_table_is_made_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         save(body, tmp_path / f"{kind}-2.json")
         save({**body, "date": "1999-01-01", "cases": []}, tmp_path / f"{kind}-1.json")
     text = table.markdown(table.newest(tmp_path))
-    for shown in ("12.3 | 99 | 1.50", "3.210 | 77", "0.991", "0.50 |", "kernels-2.json"):
+    for shown in ("| c8 | 12 |  | 46 |", "12.3 | 99 | 1.50", "3.210 | 77", "0.991", "0.50 |", "kernels-2.json"):
         assert shown in text, shown
     assert "1999" not in text and "not run" not in text
     assert text.count("**Unproven**: no tests ran before") == 2  # of a CPU's numbers there are none to run

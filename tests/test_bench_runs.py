@@ -105,8 +105,16 @@ def test_tests_of_the_run_prove_its_numbers(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_commits_need_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they what a .git says, where whoever sent the tree says another."""
+    monkeypatch.setenv("ESAMP_COMMIT", "sent")
+    assert results.commit() == "sent"
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("ESAMP_COMMIT", raising=False)
     assert results.commit() == "unknown"
     monkeypatch.setenv("ESAMP_COMMIT", "abc+")
     assert results.commit() == "abc+"
+
+
+def test_a_command_is_said_without_places() -> None:
+    said = results.spoken("bench.x", ["--quick", "--out", "/some/where.json", "--resume", "--seconds", "3"])
+    assert said == "python -m bench.x --quick --seconds 3"

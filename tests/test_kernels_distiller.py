@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from esamp_core.base.errors import ArgumentError
 from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, RowGroups
 from esamp_core.reference import distiller as reference_distiller
 from esamp_core.reference.distiller import group_rows, learning_rates, slot_gradients
-from tests.kernel_cases import equal_bits, quick_interpreter, to
+from tests.kernel_cases import equal_bits, padded, quick_interpreter, stepped, to
 from tests.test_distiller_ops import make_state, make_weights, states
 
 triton = pytest.importorskip("triton")
@@ -83,10 +83,15 @@ def run(
 def compare(
     slot: Tensor, hidden: int, rank: int, slots: int, config: DistillerConfig, device: str, *,
     dtype: torch.dtype = torch.float32, active: Tensor | None = None, seed: int = 0,
+    given: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> None:  # fmt: skip
-    """Forward, loss, counters and every updated parameter (and velocity) against the reference in float64."""
+    """Forward, loss, counters and every updated parameter (and velocity) against the reference in float64.
+
+    given: what the kernels are given for states in float64; the reference is given their values.
+    """
     weights = narrow(make_weights(slots, hidden, rank, seed=seed), dtype)
-    shallow, deep = states(len(slot), hidden, seed + 1)
+    taps = [given(t.to(device)) for t in states(len(slot), hidden, seed + 1)]  # there, as a copy may be contiguous
+    shallow, deep = (t.double().cpu() for t in taps)
     groups, scale = group_rows(slot, slots), torch.tensor(2.5)
     state, want = make_state(weights, config.momentum > 0), make_state(wide(weights), config.momentum > 0)
     for velocity, exact in zip(state.momentum or (), want.momentum or (), strict=True):
@@ -94,7 +99,7 @@ def compare(
         exact.copy_(velocity)
     exact_saved = reference_distiller.distiller_forward(shallow, groups, want.weights, scale.double())
     reference_distiller.distiller_step_(want, exact_saved, deep, groups, scale.double(), config, active=active)
-    saved, got = run(shallow.float(), groups, state, deep.float(), scale, config, device, active)
+    saved, got = run(taps[0], groups, state, taps[1], scale, config, device, active)
 
     for name, a, b in zip(Activations._fields, saved, exact_saved, strict=True):
         assert a.dtype == torch.float32
@@ -199,18 +204,21 @@ def test_slot_number_and_other_groups_do_not_matter(dtype: torch.dtype, device: 
     assert equal_bits((alone.loss, alone.updates), (together.loss[4:5], together.updates[4:5]))
 
 
-def test_inputs_of_any_kind(device: str) -> None:
-    """Strided rows, columns with a step, half-precision taps: like their float32 copies.  No rows: nothing happens."""
+@pytest.mark.parametrize("given", [Tensor.bfloat16, Tensor.half, padded, stepped])
+def test_inputs_of_any_kind(given: Callable[[Tensor], Tensor], device: str) -> None:
+    """Right for each.  Not the bits of a contiguous float32 copy: what a thread loads at once, and thereby the order
+    of its sums, depends on dtype and strides.
+    """
+    slot = torch.arange(6) % 2
+    compare(slot, 37, 5, 2, DistillerConfig(rank=5), device, given=given)
+    compare(slot, 64, 8, 2, DistillerConfig(rank=8), device, given=given)
+
+
+def test_no_rows_and_no_rate(device: str) -> None:
     hidden, rank, rows = 37, 5, 6
     state, scale = make_state(narrow(make_weights(2, hidden, rank))), torch.tensor(1.0)
-    groups, config = group_rows(torch.arange(rows) % 2, 2), DistillerConfig(rank=rank)
-    shallow, deep = (t.bfloat16() for t in states(rows, hidden))
-    want = run(shallow.float(), groups, state, deep.float(), scale, config, device)
-    padded, stepped = torch.full((rows, hidden + 5), float("nan")).bfloat16(), torch.zeros(rows, 2 * hidden)
-    padded[:, :hidden], stepped[:, ::2] = shallow, deep
-    for s, d in ((shallow, deep), (padded[:, :hidden], stepped[:, ::2])):
-        got = run(s, groups, state, d, scale, config, device)
-        assert equal_bits(got[0], want[0]) and equal_bits(got[1].weights, want[1].weights)
+    groups, (shallow, deep) = group_rows(torch.arange(rows) % 2, 2), (t.float() for t in states(rows, hidden))
+    config = DistillerConfig(rank=rank)
     nothing = run(shallow[:0], group_rows(torch.zeros(0).long(), 2), state, deep[:0], scale, config, device)
     assert nothing[0].pred.shape == (0, hidden) and equal_bits(nothing[1].weights, state.weights)
     frozen = run(shallow, groups, state, deep, scale, DistillerConfig(rank=rank, lr=0.0), device)

@@ -71,7 +71,10 @@ class SamplingParams:
 
 
 class OptionalRate:
-    """The field ``lr`` of a DistillerConfig: given as a number or None, read as a number."""
+    """The field ``lr`` of a DistillerConfig: given as a number or None, read as a number.
+
+    Kept under another name: when torch.compile traces a read of ``vars(config)["lr"]``, it calls ``__get__`` again.
+    """
 
     @overload
     def __get__(self, config: None, owner: type) -> None: ...  # the default, for dataclass
@@ -82,11 +85,11 @@ class OptionalRate:
     def __get__(self, config: DistillerConfig | None, owner: type) -> float | None:
         if config is None:
             return None
-        given: float | None = vars(config)["lr"]
+        given: float | None = vars(config)["_lr"]
         return given if given is not None else 0.3 if config.start is None else 0.03
 
     def __set__(self, config: DistillerConfig, value: float | None) -> None:
-        vars(config)["lr"] = value
+        vars(config)["_lr"] = value
 
 
 @dataclass(frozen=True)

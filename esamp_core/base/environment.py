@@ -56,11 +56,14 @@ def machine() -> dict[str, Any]:
 def commit(folder: Path) -> str:
     """The commit of the tree in this folder, 12 digits, "+" where it has changes.
 
-    For a copy without .git the word of ESAMP_COMMIT, else "unknown".
+    Where ESAMP_COMMIT says something, that: whoever sends a tree away knows what it is, and the copy may hold a .git of
+    another state.  "unknown" without either.
     """
+    if told := os.environ.get("ESAMP_COMMIT"):
+        return told
     head = _output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
     if not head:
-        return os.environ.get("ESAMP_COMMIT") or "unknown"
+        return "unknown"
     changes = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if changes else "")
 
