@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.gauge import gauge_triton
 from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.ops import scratch_size
 from esamp_core.kernels.distiller.step import distiller_step_triton
@@ -155,6 +156,10 @@ def launch_distiller(case: DistillerCase) -> None:
     if case.extras:
         active = new(rows, dtype=torch.bool)
         target = (new(VOCAB, hidden, dtype=torch.bfloat16), new(rows, dtype=torch.int64), new(hidden), 0.5)
+    gauge_triton(
+        (new(slots, hidden), number, column, column, column), saved, new(wide), *groups, weights, scale, active,
+        scratch, case.config,
+    )  # fmt: skip
     distiller_step_triton(
         weights, velocities, number, (number, column, column, number), saved, *target, *groups, scale, active,
         (0.5,) * 6, 0.5, 1.0, scratch, case.config,

@@ -89,7 +89,7 @@ def draw(body: dict[str, Any], folder: Path) -> list[Path]:
         "cpu": [("cpu", [lambda axes: cpu(body, axes)])],
     }
     written = []
-    for name, panels in plans[body["kind"]]:
+    for name, panels in plans.get(body["kind"], []):
         figure, grid = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
         for panel, axes in zip(panels, grid[0], strict=True):
             panel(axes)

@@ -17,6 +17,8 @@ from esamp_core.explorer.start import start_weights
 from esamp_core.reference.distiller import LAYER_NORM_EPS, RMS_FLOOR, learning_rates, token_targets
 from esamp_core.sample import DistillerConfig, DistillerWeights
 
+STUDY_LR = 0.3  # of the tables in docs/quality.md, where a start has no rate of its own
+
 
 class _Saved(NamedTuple):
     x: Tensor  # [P, n, H]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.quality_decode import Sampler, Setting
-from bench.quality_distiller import ChoiceMemory, DistillerMemory
+from bench.quality_distiller import STUDY_LR, ChoiceMemory, DistillerMemory
 from bench.quality_memory import KernelMemory, Memory, RidgeMemory
 from bench.samplers import Explored, Filter, Plain, by_name
 from esamp_core import countdown
@@ -39,7 +39,8 @@ def with_arithmetic(sampler: Plain) -> Plain:
 
 
 def esamp(beta: float, name: str | None = None, random: bool = False, **config: Any) -> Plain:
-    chosen = DistillerConfig(**config)
+    """Without a gate, and from the plain start with the rate of this study."""
+    chosen = DistillerConfig(**({"gate": False, "lr": None if "start" in config else STUDY_LR} | config))
 
     def memory(setting: Setting) -> Memory:
         return DistillerMemory(setting, beta, chosen, random)
@@ -48,7 +49,7 @@ def esamp(beta: float, name: str | None = None, random: bool = False, **config: 
 
 
 def choice(gamma: float, name: str | None = None, **config: Any) -> Plain:
-    chosen = DistillerConfig(target="choice", **config)
+    chosen = DistillerConfig(target="choice", **({"lr": STUDY_LR} | config))
 
     def memory(setting: Setting) -> Memory:
         return ChoiceMemory(setting, gamma, chosen)
@@ -137,7 +138,7 @@ def quick() -> list[Sampler]:
         esamp(0.25),
         esamp(0.25, "control: untrained Distiller", lr=0.0),
         esamp(0.25, "control: random direction", random=True),
-        Explored("ESamp .25 by Explorer", replace(BASE_PARAMS, beta=0.25), DistillerConfig()),
+        Explored("ESamp .25 by Explorer", replace(BASE_PARAMS, beta=0.25), DistillerConfig(gate=False, lr=STUDY_LR)),
         choice(2.0),
         with_arithmetic(with_rounds(kernel(2.0, 1024), 4)),
         ridge(2.0),

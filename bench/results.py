@@ -1,7 +1,7 @@
 """Result files: when, where, with what, and the cases.
 
-    {"kind": "kernels" | "decode" | "cpu", "dry": false, "date": ..., "command": ..., "commit": ..., "machine": {...},
-     "versions": {...}, "tests": {...} | null, "floors": {...}, "cases": [{"name": ..., ...}]}
+    {"kind": "kernels" | "decode" | "cpu" | "bed", "dry": false, "date": ..., "command": ..., "commit": ...,
+     "machine": {...}, "versions": {...}, "tests": {...} | null, "floors": {...}, "cases": [{"name": ..., ...}]}
 
 A dry run exercises the code on tiny shapes; its times say nothing and are not kept.  ``tests`` are those that ran
 before on the same machine: where some failed or did not finish, the numbers are unproven, and every table says so.

@@ -73,6 +73,8 @@ LIMITS = {
     "norm": Most(350, 51, 3.8),
     "mix": Most(590, 48, 5.0),
     "error": Most(990, 95, 5.9),
+    "compare": Most(580, 67, 5.6),
+    "judge": Most(460, 43, 5.4),
     "back": Most(1500, 132, 7.2),
     "gates": Most(310, 34, 3.8),
     "settle": Most(340, 34, 4.2),
@@ -167,6 +169,7 @@ def ways() -> list[Way]:
     scored = rows * -(-TOP_K // config.score_candidates)
     parts = ("_score_kernel: for start in range(0, H, HIDDEN)", HIDDEN // config.score_hidden)
     split, group = "for start in range(0, SPLIT, HIDDEN)", ("group_of: while start < num_groups", 1)
+    pieces = ("_compare_kernel: for start in range(0, H, WIDE)", -(-HIDDEN // 2048))
     rest = "if position >= tl.load(offsets_ptr + num_groups)"
     capped = "if ((status & CAPPED) != 0) &"
     no_mass = ("_block_max_kernel: if tl.load(top_p_ptr + row) < 1.0", "scale", "filter_temperature")
@@ -232,6 +235,16 @@ def ways() -> list[Way]:
             without=("copy_row", "_mix_kernel: if bad > 0"),
             step="",
         ),
+        Way("compare", 3 * state, 5, loops=(group, pieces), step="gauge"),
+        Way(
+            "judge",
+            state,
+            5,
+            loops=(("_judge_kernel: while at < end", 1),),
+            through=("tl.store(trust_ptr + slot",),
+            step="gauge",
+            without=("_judge_kernel: if slot < 0", "_judge_kernel: if count == 0"),
+        ),
         Way("error", 4 * state, 4, loops=(group,), step="step"),
         Way(
             "back",
@@ -286,7 +299,8 @@ def launches() -> dict[str, compile_only.Launch]:
             logits=new(ROWS, VOCAB, dtype=torch.bfloat16), temperature=one, top_k=number, top_p=one, min_p=one,
             beta=one, seed=number, position=number, codes=None, active=None, model_logits=None,
             direction=new(ROWS, HIDDEN), weight=new(VOCAB, HIDDEN, dtype=torch.bfloat16), bias=None, center=None,
-            head_scale=1.0, softcap=None, clip=None, first_id=0, model_weight=1.0, width=WIDTH, vllm=False,
+            head_scale=1.0, softcap=None, clip=None, first_id=0, model_weight=1.0, neutral=False, width=WIDTH,
+            vllm=False,
         )  # fmt: skip
     with compile_only.compiling(TARGET) as learned:
         case = compile_only.DistillerCase(

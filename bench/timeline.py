@@ -20,7 +20,20 @@ import torch
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 DISTILLER_KERNELS = frozenset(
     f"_{name}_kernel"
-    for name in ("project", "reduce", "expand", "norm", "mix", "error", "back", "gates", "settle", "update")
+    for name in (
+        "project",
+        "reduce",
+        "expand",
+        "norm",
+        "mix",
+        "error",
+        "back",
+        "gates",
+        "settle",
+        "update",
+        "compare",
+        "judge",
+    )
 )
 
 

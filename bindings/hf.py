@@ -46,7 +46,7 @@ from esamp_core.bindings.hf_generate import (
     requested_params,
 )
 from esamp_core.bindings.hf_latent import LatentExploration
-from esamp_core.explorer import Explorer, Rows
+from esamp_core.explorer import Explorer, Rows, check_start
 from esamp_core.models.parts import ModelParts, find_parts
 from esamp_core.models.taps import PassiveTaps, Tapped, check_head
 
@@ -64,6 +64,7 @@ def explore(
     shallow_layer: int = 0,
     explorer: Explorer | None = None,
     apply: Apply = "candidates",
+    neutral: bool = False,
 ) -> Exploration | LatentExploration:
     """A context in which ``model.generate(..., logits_processor=exploration.logits_processor)`` explores.
 
@@ -79,13 +80,15 @@ def explore(
     config: the Distillers'.  Default ``DistillerConfig()``, with ``deep_scale`` read from the model's final norm.
     filter_order, max_candidates: see ``select_candidates``.
     shallow_layer: the block whose output is the shallow tap; negative counts from the end.  Default 0.
-    explorer: one to use instead of a new one per ``generate``; it then brings config, filter_order, max_candidates.
+    explorer: one to use instead of a new one per ``generate``; it then brings config, filter_order, max_candidates,
+        neutral.
 
     apply: which form.  "candidates" (default): the processor above draws, among scored candidates, after the filters;
         ``draws`` tells each token's log-probability, novelty and KL, seeds are per row, siblings may be stratified.
         "latent": hidden states are mixed before the head and ``generate`` draws, so that everything it can do works,
         beams too, and ``logits_processor`` is empty.  Then seeds, params, filter_order and max_candidates have no
         place, and ``explorer`` may be one without a head.
+    neutral: only novelty that leaves the entropy as it is (see ``reweight``); not with apply "latent".
 
     Raises UnsupportedModelError and ArgumentError, here or from within ``generate``; StateError where the model is
     being explored already.  A model that is compiled must be compiled, or ``torch.compiler.reset()`` called, while the
@@ -93,16 +96,17 @@ def explore(
     """
     if params is not None and (beta is not None or seed is not None):
         raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
-    if explorer is not None and config is not None:
-        raise ArgumentError("config must be left out when an explorer is given, which has its own")
+    if explorer is not None and (config is not None or neutral):
+        raise ArgumentError("config and neutral must be left out when an explorer is given, which has its own")
     check_options(filter_order, max_candidates)
     parts = find_parts(model, shallow_layer)
     base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)
     named = None if groups is None else check_hashables("groups", groups)
     complete = parts.complete(config)
-    check_apply(apply, (complete if explorer is None else explorer.config).target)
+    check_apply(apply, (complete if explorer is None else explorer.config).target, neutral)
+    check_start(complete, parts.head.weight)
     if apply == "candidates":
-        return Exploration(parts, base, params, named, complete, filter_order, max_candidates, explorer)
+        return Exploration(parts, base, params, named, complete, filter_order, max_candidates, neutral, explorer)
     given = {"seed": seed, "params": params, "filter_order": filter_order, "max_candidates": max_candidates}
     default = {"seed": None, "params": None, "filter_order": "transformers", "max_candidates": 256}
     if wrong := [f"{name}={value!r}" for name, value in given.items() if value != default[name]]:
@@ -124,11 +128,12 @@ class Exploration(ModelContext):
         config: DistillerConfig,
         filter_order: FilterOrder,
         max_candidates: int,
+        neutral: bool,
         explorer: Explorer | None,
     ) -> None:
         super().__init__(parts, PassiveTaps(parts, self._predict_early), explorer)
         self._base, self._params, self._groups, self._config = base, params, groups, config
-        self._filter_order, self._max_candidates = filter_order, max_candidates
+        self._filter_order, self._max_candidates, self._neutral = filter_order, max_candidates, neutral
         self.logits_processor: list[Any] = [_Processor(self)]
         """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
         self._head_checked = False
@@ -214,6 +219,7 @@ class Exploration(ModelContext):
             max_rows=len(groups),
             max_candidates=self._max_candidates,
             filter_order=self._filter_order,
+            neutral=self._neutral,
         )
         if not self._head_checked:
             self._head_checked = check_head(self._parts, explorer.head or self._parts.head, tapped)

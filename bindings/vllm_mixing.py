@@ -21,7 +21,7 @@ from esamp_core.base.config import DistillerConfig, SamplingParams
 from esamp_core.base.errors import CapacityError
 from esamp_core.bindings.vllm_config import PluginConfig, RequestParams, read_request
 from esamp_core.bindings.vllm_report import Report
-from esamp_core.explorer import Explorer, Rows
+from esamp_core.explorer import Explorer, Rows, check_start
 from esamp_core.models.parts import norm_rms
 
 logger = init_logger("vllm.esamp")
@@ -97,6 +97,9 @@ class Mixer:
         self._batch.clear()
         self._staged, self.explorer = None, None  # the old one's memory first
         config, engine = self.config, self.vllm_config
+        head = getattr(getattr(model, "lm_head", None), "weight", None)
+        if isinstance(head, Tensor) and head.is_floating_point() and engine.parallel_config.tensor_parallel_size == 1:
+            check_start(config.distiller, head[: engine.model_config.get_vocab_size()])  # what follows is padding
         drafts = engine.speculative_config.num_speculative_tokens if self.speculates else 0
         with torch.inference_mode(False), torch.no_grad():
             self.explorer = Explorer(

@@ -3,6 +3,7 @@
 import torch
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton
+from esamp_core.kernels.distiller.gauge import gauge_triton
 from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.ops import config_of, scratch_size
 from esamp_core.kernels.distiller.step import distiller_step_triton
@@ -26,6 +27,7 @@ def warm_up(
     rank: int | None = None,
     distiller_dtype: torch.dtype = torch.float32,
     momentum: bool = False,
+    neutral: bool = False,
 ) -> None:
     """Compile the kernels for logits [*, vocab_size] of `dtype` and this head, both filter orders, with and without
     model logits, active mask and codes.  weight: lm_head [V, H]; without one only the ops that need no head are
@@ -51,12 +53,12 @@ def warm_up(
                         ops.explore_op(
                             logits, *params, seed=count, position=count, codes=used, active=active,
                             model_logits=model_logits, direction=v, weight=w, bias=bias, center=center,
-                            head_scale=scale, softcap=softcap, clip=clip, first_id=0, model_weight=1.0, width=width,
-                            vllm=vllm,
+                            head_scale=scale, softcap=softcap, clip=clip, first_id=0, model_weight=1.0, neutral=neutral,
+                            width=width, vllm=vllm,
                         )  # fmt: skip
     ids, chosen, kept, threshold, tie_id, status = found
     for original in (None, chosen):
-        ops.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0)
+        ops.reweight_op(ids, chosen, status, chosen, one, one, original, 1.0, neutral)
     for model_logits, used in variants:
         ops.draw_op(
             ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count,
@@ -111,6 +113,10 @@ def warm_up_distiller(
             deep, y, weights[4], weights[5], scale, zeros(rows), active, (order, group_slots, offsets), mean, rstd,
             torch.empty_like(deep), status, rank, config,
         )  # fmt: skip
+    gauge_triton(
+        [zeros(slots, hidden_size), number, column, column, column], saved, zeros(*wide), order, group_slots, offsets,
+        weights, scale, active, scratch, config,
+    )  # fmt: skip
     for target, token_ids, middle in targets:
         distiller_step_triton(
             weights, velocities, number, [number, column, column, number], saved, target, token_ids, middle, 1.0,

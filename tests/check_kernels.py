@@ -147,12 +147,12 @@ def launch_sampling(case: Case) -> None:
     for mask, model, (used, *extras) in ((None, None, plain), (active, logits, full)):
         ops.explore_triton(
             logits, *params, number, number, used, mask, model, direction, weight, *extras, first_id=0,
-            model_weight=1.0, width=case.width, vllm=case.vllm,
+            model_weight=1.0, neutral=True, width=case.width, vllm=case.vllm,
         )  # fmt: skip
     chosen = torch.empty(rows, case.width)
     ids = torch.empty(rows, case.width, dtype=torch.int64)
     status = torch.empty(rows, dtype=torch.int32)
-    ops.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, config)
+    ops.reweight_triton(ids, chosen, status, chosen, one, one, None, 1.0, True, config)
     scan = ops.block_max_triton(logits, None, None, None, config, log_sum=True)
     tail = ops.tail_triton(logits, one, number, number, ids, chosen, one, number, status, config)
     ops.draw_triton(

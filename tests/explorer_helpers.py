@@ -12,7 +12,7 @@ PARAMS = SamplingParams(temperature=0.9, min_p=0.01, beta=0.5, seed=5)
 
 def make(config: DistillerConfig | None = None, device: str = "cpu", **options: object) -> Explorer:
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0)).to(device)
-    config = config or DistillerConfig(rank=4, deep_scale=1.0)
+    config = config or DistillerConfig(rank=4, deep_scale=1.0, gate=False)
     return Explorer(Head(weight), HIDDEN, config, **({"max_groups": 4, "max_rows": 32} | options))  # type: ignore
 
 

@@ -16,6 +16,7 @@ from esamp_core.sample import (
     DistillerConfig,
     DistillerState,
     DistillerWeights,
+    Gauge,
     Head,
     RowParams,
     SamplingParams,
@@ -42,6 +43,7 @@ def good() -> dict[str, dict[str, Any]]:
     state = DistillerState(weights=weights, momentum=None, loss=torch.zeros(S), first_loss=torch.zeros(S), **counts)
     groups, scale = sample.group_rows(torch.tensor([0, 1, 0]), S), torch.tensor(1.0)
     activations = sample.distiller_forward(direction, groups, weights, scale)
+    gauge = Gauge(torch.zeros(S, H), torch.zeros(S, dtype=torch.long), *(torch.zeros(S) for _ in range(3)))
     return {
         "select_candidates": dict(
             logits=logits, params=params, filter_order="vllm", max_candidates=C, active=torch.ones(R, dtype=torch.bool)
@@ -49,7 +51,8 @@ def good() -> dict[str, dict[str, Any]]:
         "score_candidates": dict(direction=direction, head=head, token_ids=candidates.token_ids),
         "transform_scores": dict(dots=projection, head=head),
         "reweight": dict(
-            candidates=candidates, projection=projection, params=params, model_logits=projection, model_weight=1.0
+            candidates=candidates, projection=projection, params=params, model_logits=projection, model_weight=1.0,
+            neutral=True,
         ),
         "draw": dict(
             candidates=candidates, reweighted=sample.reweight(candidates, projection, params), logits=logits,
@@ -57,11 +60,12 @@ def good() -> dict[str, dict[str, Any]]:
         ),
         "explore": dict(
             logits=logits, params=params, seed=seed, position=seed, direction=direction, head=head, model_logits=logits,
-            model_weight=1.0, filter_order="transformers", max_candidates=C, active=torch.ones(R, dtype=torch.bool),
+            model_weight=1.0, neutral=True, filter_order="transformers", max_candidates=C,
+            active=torch.ones(R, dtype=torch.bool),
         ),
         "replay": dict(
             logits=logits, distilled=logits, token_ids=seed, params=params, model_logits=logits, model_weight=1.0,
-            filter_order="transformers", max_candidates=C,
+            neutral=True, filter_order="transformers", max_candidates=C,
         ),
         "group_rows": dict(slots=torch.tensor([0, 1, 0]), num_slots=S, rank=seed),
         "distiller_scratch": dict(weights=weights, rows=R),
@@ -77,6 +81,10 @@ def good() -> dict[str, dict[str, Any]]:
             state=state, activations=activations, target=direction, groups=groups, scale=scale,
             config=DistillerConfig(rank=RANK), head=None, active=torch.ones(R, dtype=torch.bool),
             scratch=torch.zeros(0),
+        ),
+        "gauge_": dict(
+            gauge=gauge, activations=activations, target=direction, groups=groups, weights=weights, scale=scale,
+            active=torch.ones(R, dtype=torch.bool), scratch=torch.zeros(0),
         ),
     }  # fmt: skip
 
@@ -123,6 +131,7 @@ OPTIONS = {
     "filter_order": [("hf", "'hf'"), (None, "None")],
     "max_candidates": [(0, "0"), (1025, "1025"), (2.0, "2.0"), (True, "True"), (None, "None")],
 }
+NEUTRAL = [(1, "1"), (None, "None")]
 MODEL_WEIGHT = [(float("nan"), "nan"), ("1", "'1'"), (None, "None")]
 HEADS = [(None, "NoneType"), (torch.zeros(V, H), "Tensor")]
 DIRECTION = [
@@ -145,6 +154,7 @@ CANDIDATES = [
     (OK["reweight"]["candidates"]._replace(status=meta(R, dtype=torch.int32)), "status .*on meta"),
 ]
 WEIGHTS: DistillerWeights = OK["distiller_forward"]["weights"]
+GAUGE: Gauge = OK["gauge_"]["gauge"]
 OUT: Activations = OK["distiller_forward"]["out"]
 SCRATCH = [("x", "'x'"), (torch.zeros(4, dtype=torch.float64), "float64"), (torch.zeros(8)[::2], r"\[4\]"),
            (meta(4), "on meta")]  # fmt: skip
@@ -166,7 +176,7 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
         "projection": [(None, "None"), (torch.zeros(R, C + 1), rf"\[{R}, {C + 1}\]"), (meta(R, C), "on meta")],
         "params": ROW_PARAMS,
         "model_logits": [(torch.zeros(R, V), rf"\[{R}, {V}\]"), (meta(R, C), "on meta")],
-        "model_weight": MODEL_WEIGHT,
+        "model_weight": MODEL_WEIGHT, "neutral": NEUTRAL,
     },
     "draw": {
         "candidates": CANDIDATES,
@@ -185,11 +195,11 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
             (None, "together"), HEADS[1], (Head(meta(V, H)), "on meta"),
             (Head(torch.zeros(V - 1, H)), str(V - 1)), (Head(torch.zeros(V, H), vocab_start=2), "2"),
         ],
-        "model_logits": LIKE_LOGITS, "model_weight": MODEL_WEIGHT, "active": ACTIVE, **OPTIONS,
+        "model_logits": LIKE_LOGITS, "model_weight": MODEL_WEIGHT, "neutral": NEUTRAL, "active": ACTIVE, **OPTIONS,
     },
     "replay": {
         "logits": LOGITS, "distilled": LIKE_LOGITS, "token_ids": ROW_INTEGERS, "params": ROW_PARAMS,
-        "model_logits": LIKE_LOGITS, "model_weight": MODEL_WEIGHT, **OPTIONS,
+        "model_logits": LIKE_LOGITS, "model_weight": MODEL_WEIGHT, "neutral": NEUTRAL, **OPTIONS,
     },
     "group_rows": {
         "slots": [(None, "None"), (torch.zeros(R), "float32"), (torch.zeros(1, R, dtype=torch.long), r"\[1, 3\]")],
@@ -252,6 +262,17 @@ CASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
             (torch.zeros(V, H), "Tensor"), (Head(torch.zeros(V, H + 1)), rf"\[{V}, {H + 1}\]"),
             (Head(meta(V, H)), "on meta"), (Head(torch.zeros(V, H), vocab_start=2), "2"),
         ],
+    },
+    "gauge_": {
+        "gauge": [
+            (None, "NoneType"), (GAUGE._replace(mean=torch.zeros(S, H + 1)), r"mean .*\[2, 5\]"),
+            (GAUGE._replace(steps=torch.zeros(S)), "steps .*float32"), (GAUGE._replace(trust=meta(S)), "on meta"),
+            (GAUGE._replace(error=torch.zeros(S, dtype=torch.float64)), "error .*float64"),
+            (GAUGE._replace(mean=torch.zeros(H, S).T), r"mean .*\(1, 2\)"),
+        ],
+        "activations": [(None, "None"), (OUT._replace(x=torch.zeros(R, H + 1)), r"x .*\[3, 5\]")],
+        "target": DIRECTION, "groups": GROUPS, "scale": SCALE, "active": ACTIVE, "scratch": SCRATCH,
+        "weights": [(None, "NoneType"), (WEIGHTS._replace(norm_bias=meta(S, H)), "norm_bias .*on meta")],
     },
 }  # fmt: skip
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from latent_oracle import chosen, expected_logits
+from latent_oracle import chosen, expected_logits, judged_start
 
 from esamp_core.base.errors import ArgumentError
+from esamp_core.bindings.hf import explore
 from esamp_core.decoder import Decoder, generate
+from esamp_core.models.parts import find_parts
 from esamp_core.sample import DistillerConfig, SamplingParams
 from tests.test_decoder_graph import Graphs, graphs  # noqa: F401
 from tests.test_decoder_models import MODELS, PROMPTS, VOCAB, build, one_thread  # noqa: F401
@@ -23,6 +28,8 @@ CAPPED = {"gemma2"}  # their latent form differs by design
 
 def decode(model: Any, apply: Any, **options: Any) -> Any:
     defaults = {"n": 3, "params": PARAMS, "max_new_tokens": 10, "stop_token_ids": (), "max_candidates": VOCAB}
+    if "explorer" not in options:
+        defaults["config"] = DistillerConfig(gate=False)
     return generate(model, options.pop("prompts", PROMPTS), apply=apply, **(defaults | options))
 
 
@@ -46,11 +53,49 @@ def test_logprobs_are_those_of_the_mixed_model() -> None:
     model = build("llama")
     params = SamplingParams(temperature=0.8, top_k=5, beta=BETA, seed=2)
     drawn = decode(model, "latent", prompts=PROMPTS[:1], params=params)
-    logits = expected_logits(model, PROMPTS[0], [list(g.token_ids) for g in drawn], BETA, DistillerConfig())
+    logits = expected_logits(model, PROMPTS[0], [list(g.token_ids) for g in drawn], BETA, DistillerConfig(gate=False))
     for generation, rows in zip(drawn, logits, strict=True):
         kept = torch.where(rows >= rows.topk(5).values[:, -1:], rows / 0.8, float("-inf"))
         want = chosen(kept, generation.token_ids)
         torch.testing.assert_close(torch.tensor(generation.logprobs).double(), want, atol=1e-3, rtol=0)
+
+
+def test_a_start_is_trusted_from_the_first_token(tmp_path: Path) -> None:
+    """The oracle counts trust anew, from what the file says on; in both forms, as long as they draw the same."""
+    model = build("llama")
+    config = DistillerConfig(rank=8, start=judged_start(find_parts(model).head, tmp_path / "start"))
+    for apply in ("latent", "candidates"):
+        drawn = decode(model, apply, prompts=PROMPTS[:1], params=replace(PARAMS, temperature=1.0), config=config)
+        tokens = [list(g.token_ids) for g in drawn]
+        for generation, rows in zip(drawn, expected_logits(model, PROMPTS[0], tokens, BETA, config), strict=True):
+            want = chosen(rows, generation.token_ids)
+            torch.testing.assert_close(torch.tensor(generation.logprobs).double(), want, atol=1e-3, rtol=0)
+        plain = expected_logits(model, PROMPTS[0], tokens, 0.0, config)
+        assert (plain[0][0] - expected_logits(model, PROMPTS[0], tokens, BETA, config)[0][0]).abs().max() > 0.1
+
+
+def test_a_start_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = judged_start(find_parts(build("llama")).head, tmp_path / "start")
+    other = copy.deepcopy(build("llama"))
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight))
+    config = DistillerConfig(rank=8, start=path)
+    for apply in ("latent", "candidates"):
+        with pytest.raises(ArgumentError, match="start must be calibrated for this model, got that of a llama"):
+            Decoder(other, config=config, apply=apply)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="got that of a llama"):
+            explore(other, config=config, apply=apply)  # type: ignore[arg-type]
+    half = copy.deepcopy(build("llama")).to(torch.bfloat16)  # the same one, rounded
+    Decoder(half, config=config)
+
+
+def test_neutral_is_of_candidates() -> None:
+    model = build("llama")
+    for make in (Decoder, explore):
+        with pytest.raises(ArgumentError, match="neutral must be False with apply"):
+            make(model, apply="latent", neutral=True)  # type: ignore[operator]
+    plain, neutral = (decode(model, "candidates", neutral=value) for value in (False, True))
+    assert [g.token_ids for g in plain] != [g.token_ids for g in neutral]
 
 
 def test_a_soft_cap_caps_what_was_mixed() -> None:
@@ -96,7 +141,7 @@ def test_compiled_model() -> None:
 
 def test_one_explorer_for_both_forms() -> None:
     model = build("llama")
-    own = Decoder(model)
+    own = Decoder(model, config=DistillerConfig(gate=False))
     own.generate(PROMPTS[:1], n=2, params=PARAMS, max_new_tokens=2)
     assert own.explorer is not None and own.explorer.head is not None
     given = Decoder(model, explorer=own.explorer, apply="latent")

@@ -294,6 +294,6 @@ def test_step_reads_nothing_from_the_device(
     monkeypatch.setattr(taps.Taps, "step", watched(taps.Taps.step))
     monkeypatch.setattr(batch.Batch, "attention_mask", watched(batch.Batch.attention_mask))
     monkeypatch.setattr(batch.Batch, "advance", watched(batch.Batch.advance))
-    config = DistillerConfig(lr=0.0)
+    config = DistillerConfig(lr=0.0, gate=False)
     Decoder(build(name), config=config).generate(prompts, n=2, params=greedy(), max_new_tokens=9, cache=cache)
     assert reads.found == [] and calls == {"step", "attention_mask", "advance"}

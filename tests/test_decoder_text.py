@@ -161,7 +161,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_explorer_brings_its_own_limits() -> None:
     parts = find_parts(build("llama"))
     explorer = Explorer(parts.head, parts.hidden_size, max_rows=4)
-    with pytest.raises(ArgumentError, match="config must be left out"):
+    with pytest.raises(ArgumentError, match="config and neutral must be left out"):
         Decoder(build("llama"), explorer=explorer, config=DistillerConfig())
     for options in ({"n": 5}, {"n": 1, "max_batch_rows": 8}):
         with pytest.raises(EsampError, match="max_batch_rows must be <= the explorer's max_rows=4"):

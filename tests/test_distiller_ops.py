@@ -204,7 +204,12 @@ def test_lr_zero_freezes() -> None:
     weights, (shallow, deep) = make_weights(1, 9, 2, torch.float32), (t.float() for t in states(3, 9))
     state, groups, scale = make_state(weights), group_rows(torch.zeros(3, dtype=torch.long), 1), torch.tensor(1.0)
     distiller_step_(
-        state, distiller_forward(shallow, groups, weights, scale), deep, groups, scale, DistillerConfig(rank=2, lr=0)
+        state,
+        distiller_forward(shallow, groups, weights, scale),
+        deep,
+        groups,
+        scale,
+        DistillerConfig(rank=2, lr=0, gate=False),
     )
     assert all(torch.equal(a, b) for a, b in zip(state.weights, weights, strict=True))
 

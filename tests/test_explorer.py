@@ -43,7 +43,7 @@ def test_predict_without_learn() -> None:
 
 
 def test_frozen_needs_no_learn() -> None:
-    explorer = make(DistillerConfig(rank=4, deep_scale=1.0, lr=0.0))
+    explorer = make(DistillerConfig(rank=4, deep_scale=1.0, lr=0.0, gate=False))
     rows = explorer.open(["a"], PARAMS)
     shallow, deep = taps(1)
     for _ in range(3):
@@ -253,7 +253,7 @@ def test_the_error_falls() -> None:
 
 
 def test_unknown_scale_is_measured_once_and_first_step_is_vanilla() -> None:
-    explorer = make(DistillerConfig(rank=4))
+    explorer = make(DistillerConfig(rank=4, gate=False))
     rows = explorer.open(["a", "a"], PARAMS)
     assert math.isnan(explorer._bank.scale)
     first = step(explorer, rows)

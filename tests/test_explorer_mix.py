@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def mixing(lane: Any = None, config: DistillerConfig | None = None, **options: Any) -> Explorer:
-    config = config or DistillerConfig(rank=4, deep_scale=1.0)
+    config = config or DistillerConfig(rank=4, deep_scale=1.0, gate=False)
     options = {"max_groups": 4, "max_rows": 32, "device": "cpu", "lane": lane} | options
     return Explorer(None, HIDDEN, config, **options)
 
@@ -74,7 +74,7 @@ def test_a_soft_cap_caps_what_was_mixed() -> None:
     """As documented: cap((1 + beta) x - beta x'), within the cap; the candidates form adds novelty to capped logits."""
     weight = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(0)) * 3
     head = Head(weight, softcap=5.0)
-    explorer = Explorer(head, HIDDEN, DistillerConfig(rank=4, deep_scale=1.0), max_candidates=50)
+    explorer = Explorer(head, HIDDEN, DistillerConfig(rank=4, deep_scale=1.0, gate=False), max_candidates=50)
     rows = explorer.open(["a", "a"], SamplingParams(beta=0.5, seed=1))
     shallow, deep = taps(2)
     explorer.predict(shallow, rows)
@@ -125,7 +125,7 @@ def test_prediction(backend: str) -> None:
 
 
 def test_before_the_scale_is_known_nothing_is_mixed() -> None:
-    explorer = mixing(config=DistillerConfig(rank=4))
+    explorer = mixing(config=DistillerConfig(rank=4, gate=False))
     rows = explorer.open(["a", "a"], PARAMS)
     for number in range(2):
         shallow, deep = taps(2, number)

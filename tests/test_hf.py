@@ -13,7 +13,7 @@ from torch import Tensor
 from esamp_core.bindings.hf import Exploration, explore
 from esamp_core.decoder import Decoder
 from esamp_core.models.parts import find_parts
-from esamp_core.sample import Draw, SamplingParams, Status
+from esamp_core.sample import DistillerConfig, Draw, SamplingParams, Status
 from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, Spy, build, one_thread, plain_forward  # noqa: F401
 
 STOP = tuple(range(3, 27))
@@ -62,10 +62,13 @@ def assert_same(one: Draw, other: Draw) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_equal_to_the_decoder(name: str, params: SamplingParams, cache: Any) -> None:
     """Token for token, with prompts of different lengths and rows that end at different times."""
-    decoder = Decoder(build(name))
+    config = DistillerConfig(gate=False)
+    decoder = Decoder(build(name), config=config)
     want = decoder.generate(PROMPTS, n=3, params=params, max_new_tokens=12, stop_token_ids=STOP, cache=cache)
     implementation = {"cache_implementation": "static"} if cache == "static" else {}
-    tokens, draws = generated(build(name), params=params, do_sample=True, num_return_sequences=3, **implementation)
+    tokens, draws = generated(
+        build(name), params=params, config=config, do_sample=True, num_return_sequences=3, **implementation
+    )
     assert len({len(g.token_ids) for g in want}) > 1
     assert draws.novelty.abs().max() > 0.1
     for row, expected in enumerate(want):

@@ -28,7 +28,7 @@ from tests.test_hf import padded
 from tests.test_hf_calls import compiled_by_generate, shallow_model
 
 BETA, STEPS = 0.8, 12
-CONFIG = DistillerConfig()
+CONFIG = DistillerConfig(gate=False)
 PROMPT = PROMPTS[0]
 EXACT = dict(atol=1e-3, rtol=0.0)
 
@@ -39,6 +39,8 @@ def model() -> Any:
 
 
 def latent(model: Any, **options: Any) -> Any:
+    if "explorer" not in options:
+        options = {"config": CONFIG} | options
     return explore(model, apply="latent", **{"beta": BETA} | options)
 
 
@@ -166,7 +168,7 @@ class Frozen:
 def test_beams(model: Any, sample: bool) -> None:
     """Of one prompt siblings, however they are reordered; the search is that of a model whose head is mixed for."""
     prompts, options = PROMPTS[:2], dict(num_beams=3, num_return_sequences=2, do_sample=sample, eos_token_id=[4, 5])
-    frozen = DistillerConfig(lr=0.0)
+    frozen = DistillerConfig(lr=0.0, gate=False)
     with latent(model, config=frozen) as exploration:
         found = run(model, prompts, **options)
     assert exploration.groups == [0, 0, 0, 1, 1, 1]
@@ -210,7 +212,7 @@ def test_group_beams_by_a_loop_of_ones_own(model: Any) -> None:
         want = model.generate(**padded(prompts), **options)
     # It feeds whole sequences, and asks for the logits of all: which of them it samples, nobody knows.
     refused = pytest.raises(UnsupportedModelError, match="positions in one step of a custom generate")
-    with refused, latent(model, config=DistillerConfig(lr=0.0)):
+    with refused, latent(model, config=DistillerConfig(lr=0.0, gate=False)):
         model.generate(**padded(prompts), **options)
 
     def last_logits(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
@@ -221,7 +223,7 @@ def test_group_beams_by_a_loop_of_ones_own(model: Any) -> None:
 
     model.forward_of_last = lambda **inputs: model(**inputs, use_cache=False, logits_to_keep=1)
     try:
-        with latent(model, config=DistillerConfig(lr=0.0)) as exploration:
+        with latent(model, config=DistillerConfig(lr=0.0, gate=False)) as exploration:
             found = model.generate(**padded(prompts), **{**options, "custom_generate": last_logits})
     finally:
         del model.forward_of_last
@@ -277,7 +279,7 @@ def test_beta_0_is_the_model(model: Any) -> None:
 def test_an_explorer_of_ones_own(model: Any, with_head: bool) -> None:
     head = Head(model.lm_head.weight.detach()) if with_head else None
     scale = float(model.model.norm.weight.detach().square().mean().sqrt())
-    config = DistillerConfig(deep_scale=scale)
+    config = DistillerConfig(deep_scale=scale, gate=False)
     explorer = Explorer(head, model.config.hidden_size, config, device=None if with_head else "cpu")
     with latent(model, explorer=explorer):
         result = run(model, [PROMPT], num_return_sequences=2)

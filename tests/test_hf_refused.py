@@ -156,7 +156,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"shallow_layer": 3}, "shallow_layer must be a block index below 3"),
     ({"max_candidates": 0}, "max_candidates must be"),
     ({"filter_order": "mine"}, "filter_order must be"),
-    ({"explorer": Explorer(find_parts(build("llama")).head, 32), "config": DistillerConfig()}, "config must be left"),
+    (
+        {"explorer": Explorer(find_parts(build("llama")).head, 32), "config": DistillerConfig()},
+        "config and neutral must be left",
+    ),
     ({"groups": "abcd"}, "groups must be a list with one entry per row, got 'abcd'"),
     ({"groups": [torch.tensor(0), torch.tensor(0)]}, r"groups\[0\] must be None or hashable"),
 ]

@@ -221,7 +221,7 @@ def test_no_rows_and_no_rate(device: str) -> None:
     config = DistillerConfig(rank=rank)
     nothing = run(shallow[:0], group_rows(torch.zeros(0).long(), 2), state, deep[:0], scale, config, device)
     assert nothing[0].pred.shape == (0, hidden) and equal_bits(nothing[1].weights, state.weights)
-    frozen = run(shallow, groups, state, deep, scale, DistillerConfig(rank=rank, lr=0.0), device)
+    frozen = run(shallow, groups, state, deep, scale, DistillerConfig(rank=rank, lr=0.0, gate=False), device)
     assert equal_bits(frozen[1].weights, state.weights) and frozen[1].updates.sum() == 0
 
 

@@ -181,7 +181,7 @@ STEP_CONFIGS = {
     "deep": DistillerConfig(rank=16, deep_scale=3.0),
     "measured scale, bfloat16, momentum": DistillerConfig(rank=16, momentum=0.8, weight_dtype=torch.bfloat16),
     "choice": DistillerConfig(rank=16, target="choice"),
-    "frozen": DistillerConfig(rank=16, deep_scale=3.0, lr=0.0),
+    "frozen": DistillerConfig(rank=16, deep_scale=3.0, lr=0.0, gate=False),
 }
 
 
@@ -205,7 +205,7 @@ def test_learning_allocates_nothing() -> None:
 
     before = blocks()
     for _ in range(3):
-        learner.predict(decoding.shallow, rows.row_groups, rows.active)
+        learner.predict(decoding.shallow, rows.row_groups, rows.slots, rows.active)
         learner.prediction()
         learner.stage(decoding.deep)
     torch.cuda.synchronize()

@@ -43,12 +43,12 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
     found = ops.select_op(logits, *params, None, WIDTH, False)
     ids, chosen, count, threshold, tie_id, status = found
     temperature, beta = params.temperature, params.beta
-    head_arguments = (weight, None, None, 1.0, None, None, 0, 1.0)
+    head_arguments = (weight, None, None, 1.0, None, None, 0, 1.0, False)
     codes = torch.rand(ROWS, 2, dtype=torch.float64, device=device)
     return {
         "select": (logits, *params, None, WIDTH, False),
         "score": (direction, weight, ids, None, None, 1.0, None, None, 0, True),
-        "reweight": (ids, chosen, status, chosen * 0.5, beta, temperature, None, 1.0),
+        "reweight": (ids, chosen, status, chosen * 0.5, beta, temperature, None, 1.0, False),
         "draw": (
             ids, chosen, count, threshold, tie_id, status, chosen, chosen * 0, logits, None, temperature, beta, seed,
             seed, codes,

@@ -62,7 +62,7 @@ CONFIGS = {
     "momentum": DistillerConfig(rank=4, deep_scale=1.0, momentum=0.8),
     "bfloat16": DistillerConfig(rank=4, deep_scale=1.0, weight_dtype=torch.bfloat16),
     "choice": DistillerConfig(rank=4, target="choice"),
-    "frozen": DistillerConfig(rank=4, deep_scale=1.0, lr=0.0),
+    "frozen": DistillerConfig(rank=4, deep_scale=1.0, lr=0.0, gate=False),
 }
 
 

@@ -27,10 +27,13 @@ def make_mixing(config: DistillerConfig) -> Explorer:
 
 
 CONFIGS = {
-    "deep": DistillerConfig(rank=4, deep_scale=1.0),
-    "measured scale, bfloat16, momentum": DistillerConfig(rank=4, momentum=0.8, weight_dtype=torch.bfloat16),
+    "gated": DistillerConfig(rank=4, deep_scale=1.0),
+    "deep": DistillerConfig(rank=4, deep_scale=1.0, gate=False),
+    "measured scale, bfloat16, momentum": DistillerConfig(
+        rank=4, momentum=0.8, weight_dtype=torch.bfloat16, gate=False
+    ),
     "choice": DistillerConfig(rank=4, target="choice"),
-    "frozen": DistillerConfig(rank=4, deep_scale=1.0, lr=0.0),
+    "frozen": DistillerConfig(rank=4, deep_scale=1.0, lr=0.0, gate=False),
 }
 
 
@@ -189,7 +192,7 @@ def test_a_step_allocates_nothing(name: str) -> None:
     target = torch.zeros(ROWS, dtype=torch.int64) if name == "choice" else run.deep
 
     def step() -> None:
-        learner.predict(run.shallow, run.rows.row_groups, run.rows.active)
+        learner.predict(run.shallow, run.rows.row_groups, run.rows.slots, run.rows.active)
         learner.prediction()
         learner.stage(target)
 
@@ -209,7 +212,7 @@ def test_only_a_step_like_the_one_before_is_captured(monkeypatch: pytest.MonkeyP
         capturing.append(True)
         state = learner.host_state
         try:
-            learner.predict(run.shallow, rows.row_groups, rows.active)
+            learner.predict(run.shallow, rows.row_groups, rows.slots, rows.active)
         except StateError as error:
             assert "only after a whole step" in str(error) and learner.host_state == state
             return True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.learning_rule import Recipe, Recording, recipes, record, relearn, relearn_ridge
 from bench.quality_decode import request_seeds
-from bench.quality_distiller import DenseDistillers
+from bench.quality_distiller import STUDY_LR, DenseDistillers
 from bench.quality_tasks import CountdownTask, Source, load_source
 from esamp_core import countdown
 from esamp_core.explorer.bank import DistillerBank
@@ -77,10 +77,10 @@ def test_a_recording_holds_the_models_states_and_its_own_tokens(source: Source, 
 
 
 def test_replay_measures_before_it_learns(recording: Recording) -> None:
-    learning, frozen = (relearn(recording, Recipe("", DistillerConfig(lr=lr))) for lr in (0.3, 0.0))
+    learning, frozen = (relearn(recording, Recipe("", DistillerConfig(lr=lr, gate=False))) for lr in (0.3, 0.0))
     assert learning[0] == frozen[0]  # nothing was learned yet
     assert learning[20:].mean() < 0.9 * frozen[20:].mean()
-    first = relearn(recording, Recipe("", DistillerConfig(), rows=1))
+    first = relearn(recording, Recipe("", DistillerConfig(lr=0.3), rows=1))
     assert first[0] == learning[0] and first[20:].mean() > learning[20:].mean()
 
 
@@ -88,14 +88,14 @@ def test_a_choice_distiller_that_knows_nothing_has_error_one(recording: Recordin
     frozen = relearn(recording, Recipe("", DistillerConfig(lr=0.0, target="choice")))
     torch.testing.assert_close(frozen, torch.ones_like(frozen))
     assert relearn_ridge(recording)[0] == pytest.approx(1.0)
-    assert relearn(recording, Recipe("", DistillerConfig(target="choice")))[10:25].mean() < 0.97
+    assert relearn(recording, Recipe("", DistillerConfig(lr=STUDY_LR, target="choice")))[10:25].mean() < 0.97
 
 
 def test_one_thing_varies_per_group_of_recipes() -> None:
     groups = dict(recipes(str(countdown.DISTILLER)))
     assert set(groups) == {"rate", "momentum", "rows", "rank", "calibrated start", "choice target"}
     assert "calibrated start" not in dict(recipes(None))
-    default = DistillerConfig()
+    default = DistillerConfig(lr=STUDY_LR, gate=False)
     assert [r.config for r in groups["rows"]] == [default] * 3
-    assert all(r.config == DistillerConfig(lr=r.config.lr) for r in groups["rate"])
+    assert all(r.config == DistillerConfig(lr=r.config.lr, gate=False) for r in groups["rate"])
     assert default in [r.config for r in groups["rate"]]

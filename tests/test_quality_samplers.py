@@ -124,9 +124,9 @@ def test_entropy_and_logprob_are_the_models(source: Source) -> None:
 @pytest.mark.parametrize("kind", ["esamp", "untrained", "choice", "vanilla", "arithmetic", "choice, arithmetic"])
 def test_samplers_draw_what_the_explorer_draws(source: Source, kind: str) -> None:
     config = (
-        DistillerConfig(target="choice")
+        DistillerConfig(target="choice", lr=0.3)
         if kind.startswith("choice")
-        else DistillerConfig(lr=0.0 if kind == "untrained" else 0.3)
+        else DistillerConfig(lr=0.0 if kind == "untrained" else 0.3, gate=False)
     )
     beta = {"esamp": 0.25, "untrained": 0.25, "choice": 2.0, "choice, arithmetic": 2.0}.get(kind, 0.0)
     stratified = kind.endswith("arithmetic")

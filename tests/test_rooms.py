@@ -164,7 +164,7 @@ def test_one_decode_step_visits_each_room_once(monkeypatch: pytest.MonkeyPatch) 
     """Counted as calls from a room's code into another's: every one is the only one of its name in the step.
 
     The step's tensors go one way: the model's forward is tapped (models), its shallow state predicts in the middle of
-    it (explorer), the logits are drawn from, the deep state is staged; each of the three ops reaches the backend that
+    it (explorer), the logits are drawn from, the deep state is staged; each of the four ops reaches the backend that
     ``ops`` had chosen (here the reference) once.
     """
     original, steps = loop.Run._step, []
@@ -185,6 +185,7 @@ def test_one_decode_step_visits_each_room_once(monkeypatch: pytest.MonkeyPatch) 
         assert dict(visits.calls) == {
             ("decoder", "models", "step"): 1,
             ("models", "explorer", "predict"): 1,
+            ("explorer", "reference", "gauge_"): 1,
             ("explorer", "reference", "distiller_step_"): 1,
             ("explorer", "reference", "distiller_forward"): 1,
             ("decoder", "explorer", "sample"): 1,

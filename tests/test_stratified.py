@@ -20,6 +20,7 @@ from esamp_core.base.philox import CODE_BELOW, code_uniform
 from esamp_core.countdown import load
 from esamp_core.decoder import CacheKind, generate
 from esamp_core.sample import (
+    DistillerConfig,
     Draw,
     Explorer,
     Head,
@@ -311,7 +312,8 @@ def test_generate_divides_the_first_token_and_repeats_itself(cache: CacheKind) -
     params = SamplingParams(beta=0.0, seed=9, stratified=True)
 
     def tokens(p: SamplingParams) -> list[list[int]]:
-        return [g.token_ids for g in generate(model, [prompt], tokenizer, n=n, params=p, max_new_tokens=8, cache=cache)]
+        options = {"n": n, "params": p, "config": DistillerConfig(gate=False), "max_new_tokens": 8, "cache": cache}
+        return [g.token_ids for g in generate(model, [prompt], tokenizer, **options)]
 
     drawn = tokens(params)
     assert drawn == tokens(params) != tokens(replace(params, beta=1.0))

@@ -25,11 +25,13 @@ def check_options(filter_order: str, max_candidates: int) -> None:
     require(ok, "max_candidates", "be an integer in 1..1024", max_candidates)
 
 
-def check_apply(apply: str, target: str) -> None:
-    """apply: the form of exploration.  target: what the Distillers learn."""
+def check_apply(apply: str, target: str, neutral: bool) -> None:
+    """apply: the form of exploration.  target: what the Distillers learn.  neutral: of candidates only."""
     require(apply in ("candidates", "latent"), "apply", 'be "candidates" or "latent"', apply)
     ok = apply == "candidates" or target == "deep"
     require(ok, "config.target", 'be "deep" with apply="latent"', target)
+    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
+    require(not (neutral and apply == "latent"), "neutral", 'be False with apply="latent"', neutral)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class OptionalRate:
         if config is None:
             return None
         given: float | None = vars(config)["_lr"]
-        return given if given is not None else 0.3 if config.start is None else 0.03
+        return given if given is not None else 0.1 if config.start is None else 0.03
 
     def __set__(self, config: DistillerConfig, value: float | None) -> None:
         vars(config)["_lr"] = value
@@ -98,12 +100,14 @@ class DistillerConfig:
 
     rank: r, width of the gated bottleneck. Default 64.
     lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default (None)
-        0.3, and 0.03 with ``start``: of nine rates the lowest error at steps 26-52 on recorded states of the embedded
-        model; what calibration found, 0.3 destroys (``bench/learning_rule.py``; docs/quality.md has the table).
+        0.1, and 0.03 with ``start``: on a real model 0.3 overshoots in the first tens of steps, and what calibration
+        found, 0.1 already destroys (docs/quality.md has the tables).
     momentum: 0 (default) is plain SGD; above 0 costs one more buffer of the size of the weights, in float32.
     clip: bound on the rms over H of a row's error gradient, in units of the deep state's scale. Default 1.
     target: "deep" learns the deep hidden state (the paper); "choice" learns which tokens siblings draw.
     weight_dtype: torch.float32 (default) or torch.bfloat16, then updated with stochastic rounding.
+    gate: scale each row's beta by how much better than a constant its Distiller has predicted so far, 0 while it has
+        not (``gauge_``; default). False explores at once, with whatever the Distiller says. Only with target "deep".
     seed: seed of the start weights, the same for every group. Default 0.
     deep_scale: s, the rms of the deep hidden state; None (default) measures it on the first learned batch.
     patience: warn when a group's loss has not fallen after this many updates. Default 256.
@@ -117,6 +121,7 @@ class DistillerConfig:
     clip: float = 1.0
     target: Literal["deep", "choice"] = "deep"
     weight_dtype: torch.dtype = torch.float32
+    gate: bool = True
     seed: int = 0
     deep_scale: float | None = None
     patience: int = 256
@@ -130,9 +135,15 @@ class DistillerConfig:
         require(self.target in ("deep", "choice"), "target", 'be "deep" or "choice"', self.target)
         dtypes = (torch.float32, torch.bfloat16)
         require(self.weight_dtype in dtypes, "weight_dtype", "be torch.float32 or torch.bfloat16", self.weight_dtype)
+        require(isinstance(self.gate, bool), "gate", "be True or False", self.gate)
         require(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", "be an integer in 0..2^63-1", self.seed)
         ok_scale = self.deep_scale is None or (is_real(self.deep_scale) and self.deep_scale > 0)
         require(ok_scale, "deep_scale", "be None or a finite number > 0", self.deep_scale)
         require(is_int(self.patience) and self.patience >= 1, "patience", "be an integer >= 1", self.patience)
         ok_start = self.start is None or (isinstance(self.start, str) and self.target == "deep")
         require(ok_start, "start", 'be None or a path as text, with target "deep"', self.start)
+
+    @property
+    def gated(self) -> bool:
+        """Whether Distillers are compared with a constant."""
+        return self.gate and self.target == "deep"

@@ -248,6 +248,16 @@ class DistillerState(NamedTuple):
     nonfinite: Tensor  # int64 [S], steps skipped because the loss was not finite
 
 
+class Gauge(NamedTuple):
+    """How each slot's Distiller compares with a constant: the mean of what it had to predict so far."""
+
+    mean: Tensor  # float32 [S, H], of all targets so far, in units of s
+    steps: Tensor  # int64 [S], steps that taught; the first only makes the mean
+    error: Tensor  # float32 [S], relative squared error of the Distiller, a running mean over the latest steps
+    baseline: Tensor  # float32 [S], the same of the constant
+    trust: Tensor  # float32 [S], 1 - error / baseline, 0 where that is negative or nothing was compared yet
+
+
 def unit_stride(rows: Tensor) -> Tensor:
     """The same [R, N] with a row's numbers side by side, as the kernels want them; rows may have any distance."""
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()

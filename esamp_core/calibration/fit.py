@@ -15,7 +15,7 @@ from esamp_core.base.config import DistillerConfig
 from esamp_core.base.tensors import Activations, DistillerWeights
 from esamp_core.calibration.config import CalibrationConfig, OnProgress, Work
 from esamp_core.calibration.states import States
-from esamp_core.explorer.start import start_weights
+from esamp_core.explorer.start import Judged, start_weights
 from esamp_core.reference import distiller_forward, group_rows
 from esamp_core.reference.distiller import feature_size
 
@@ -24,13 +24,19 @@ SAVE_EVERY = 100  # steps
 
 
 class Calibration(NamedTuple):
-    """Fitted start weights, and the mean relative squared error on held-out tokens before and after."""
+    """Fitted start weights, and what they are worth on held-out tokens."""
 
     weights: DistillerWeights
     deep_scale: float
-    before: float
-    after: float
+    before: float  # mean relative squared error of the plain start
+    after: float  # of these weights
+    baseline: float  # of the mean deep state of the tokens that were fitted
+    mean: Tensor  # [H], that mean, in units of deep_scale
     held_out_tokens: int
+
+    @property
+    def judged(self) -> Judged:
+        return Judged(self.mean, self.after, self.baseline)
 
 
 def _forward(shallow: Tensor, weights: DistillerWeights, scale: float) -> Activations:
@@ -87,7 +93,10 @@ def fit(
             work.save()
         on_progress("fit", step + 1, config.steps)
     fitted = balanced(DistillerWeights(*(w.detach() for w in weights)), train, scale)
-    return Calibration(fitted, scale, before, _error(test, fitted, scale), len(test.deep))
+    mean = train.deep.mean(0)
+    baseline = float(((test.deep - mean).square().sum(-1) / test.deep.square().sum(-1)).mean())
+    after = _error(test, fitted, scale)
+    return Calibration(fitted, scale, before, after, baseline, mean / scale, len(test.deep))
 
 
 def _schedule(step: int, steps: int) -> float:

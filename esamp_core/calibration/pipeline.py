@@ -16,6 +16,7 @@ from esamp_core.calibration.fit import Calibration, fit
 from esamp_core.calibration.states import collect, own_samples
 from esamp_core.decoder import Decoder
 from esamp_core.explorer.start import write_start
+from esamp_core.models.parts import find_parts
 
 
 def _silent(what: str, done: int, of: int) -> None:
@@ -57,8 +58,8 @@ def calibrate(
     return fit(train, test, scale, config, file, on_progress)
 
 
-def save_start(path: Path, calibration: Calibration, model_name: str) -> None:
-    """Write a file for ``DistillerConfig(start=path)``."""
+def save_start(path: Path, calibration: Calibration, model_name: str, model: Any) -> None:
+    """Write a file for ``DistillerConfig(start=path)``.  By some numbers of the model's head it knows it again."""
     about = {
         "target": "deep",
         "deep_scale": repr(calibration.deep_scale),
@@ -67,4 +68,4 @@ def save_start(path: Path, calibration: Calibration, model_name: str) -> None:
         "error_after": f"{calibration.after:.4f}",
         "held_out_tokens": str(calibration.held_out_tokens),
     }
-    write_start(path, calibration.weights, about)
+    write_start(path, calibration.weights, calibration.judged, find_parts(model).head, about)

@@ -41,13 +41,18 @@ def demo(
     beta: Beta = SamplingParams.beta,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
-    """Vanilla against exploratory sampling with the embedded Countdown model, checked by a program."""
+    """Vanilla against exploratory sampling with the embedded Countdown model, checked by a program.
+
+    Its Distillers start from calibrated weights, as `esamp calibrate` fits them for any model.
+    """
+    from esamp_core import countdown
     from esamp_core.cli.demo import run_demo
 
     if quick:
         problems, samples = 8, 8
     params = SamplingParams(temperature=temperature, min_p=min_p, beta=beta, seed=seed)
-    run_demo(Console(), problems=problems, samples=samples, params=params, config=DistillerConfig())
+    config = DistillerConfig(start=str(countdown.DISTILLER))
+    run_demo(Console(), problems=problems, samples=samples, params=params, config=config)
 
 
 @app.command()
@@ -70,6 +75,14 @@ def generate(
     stratified: Annotated[
         bool, typer.Option("--stratified", help="The n samples divide every distribution evenly among them.")
     ] = False,
+    start: Annotated[
+        Path | None, typer.Option(help="Start weights that `esamp calibrate` wrote for this model.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the Distillers; that of --start.")] = DistillerConfig.rank,
+    gate: Annotated[
+        bool, typer.Option(help="Explore as far as a Distiller has predicted better than a constant; or always.")
+    ] = True,
+    neutral: Annotated[bool, typer.Option("--neutral", help="Only novelty that leaves the entropy as it is.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End a text before this string; may be repeated.")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="Most rows at once; default 128, or n.")] = None,
     cache: Annotated[str, typer.Option(help="dynamic, or static: waves, and on CUDA one graph per step.")] = "dynamic",
@@ -89,6 +102,8 @@ def generate(
         resume=resume,
         n=n,
         params=params,
+        config=DistillerConfig(rank=rank, gate=gate, start=None if start is None else str(start)),
+        neutral=neutral,
         max_new_tokens=max_new_tokens,
         stop=stop or [],
         batch_rows=batch_rows,

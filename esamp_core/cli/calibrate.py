@@ -40,9 +40,10 @@ def run_calibrate(
             progress.update(tasks[what], completed=done)
 
         result = calibrate(model, tokenizer, prompts, config, work, show)
-    save_start(out, result, model_name)
+    save_start(out, result, model_name, model)
     work.unlink(missing_ok=True)
     console.print(
         f"Relative squared error on {result.held_out_tokens} held-out tokens: {result.before:.3f} at the plain start, "
-        f"{result.after:.3f} calibrated. Use it as DistillerConfig(start={str(out)!r}, rank={config.rank})."
+        f"{result.baseline:.3f} of the mean state, {result.after:.3f} calibrated. "
+        f"Use it as DistillerConfig(start={str(out)!r}, rank={config.rank})."
     )

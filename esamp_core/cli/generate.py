@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from esamp_core.base.config import SamplingParams
+from esamp_core.base.config import DistillerConfig, SamplingParams
 from esamp_core.base.errors import ArgumentError, EncodingError
 from esamp_core.base.seeds import seeded_params
 from esamp_core.cli.inputs import EMBEDDED, check_writable, load_model, read_prompts
@@ -65,6 +65,8 @@ def run_generate(
     resume: bool,
     n: int,
     params: SamplingParams,
+    config: DistillerConfig,
+    neutral: bool,
     max_new_tokens: int,
     stop: Sequence[str],
     batch_rows: int | None,
@@ -97,7 +99,7 @@ def run_generate(
 
         per_prompt = seeded_params(params, len(texts))
         try:
-            generations = Decoder(model, tokenizer).generate(
+            generations = Decoder(model, tokenizer, config=config, neutral=neutral).generate(
                 [texts[i] for i in todo],
                 n=n,
                 # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.

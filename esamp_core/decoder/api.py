@@ -33,7 +33,7 @@ from esamp_core.decoder.loop import CacheKind, Run
 from esamp_core.decoder.output import Output
 from esamp_core.decoder.prompts import Prompt, Prompts, read_prompts, stop_token_ids_of
 from esamp_core.decoder.results import Generation, Token
-from esamp_core.explorer import Explorer
+from esamp_core.explorer import Explorer, check_start
 from esamp_core.models.parts import ModelParts, find_parts
 from esamp_core.models.taps import Tapped, Taps, check_head
 
@@ -59,6 +59,7 @@ def generate(
     max_candidates: int = 256,
     shallow_layer: int = 0,
     apply: Apply = "candidates",
+    neutral: bool = False,
     progress: bool = False,
     on_token: Callable[[Token], None] | None = None,
     on_result: Callable[[Generation], None] | None = None,
@@ -77,6 +78,7 @@ def generate(
         max_candidates=max_candidates,
         shallow_layer=shallow_layer,
         apply=apply,
+        neutral=neutral,
         explorer=explorer,
     )
     return decoder.generate(
@@ -108,7 +110,8 @@ class Decoder:
         log-probability under the base model are known.  "latent": hidden states are mixed before the head (see
         ``Explorer.mix``), so every token of the vocabulary moves, and filters see the mixed model; in rows that explore
         base_logprob, novelty and kl are NaN, not known.  Not with target "choice".
-    explorer: one to use instead of making one per call; it then brings config, filter_order and max_candidates.
+    neutral: only novelty that leaves the entropy as it is (see ``reweight``); not with apply "latent".
+    explorer: one to use instead of making one per call; it then brings config, filter_order, max_candidates, neutral.
 
     Raises UnsupportedModelError (encoder-decoder, several devices, offloaded, no head that can be read) and
     ArgumentError.  Not thread-safe.
@@ -124,17 +127,19 @@ class Decoder:
         max_candidates: int = 256,
         shallow_layer: int = 0,
         apply: Apply = "candidates",
+        neutral: bool = False,
         explorer: Explorer | None = None,
     ) -> None:
-        if explorer is not None and config is not None:
-            raise ArgumentError("config must be left out when an explorer is given, which has its own")
+        if explorer is not None and (config is not None or neutral):
+            raise ArgumentError("config and neutral must be left out when an explorer is given, which has its own")
         self.model, self.tokenizer = model, tokenizer
         self.parts: ModelParts = find_parts(model, shallow_layer)
         check_padding(self.parts)
         self.filter_order, self.max_candidates = filter_order, max_candidates
         self.config = self.parts.complete(config)
-        check_apply(apply, (self.config if explorer is None else explorer.config).target)
-        self.apply = apply
+        check_apply(apply, (self.config if explorer is None else explorer.config).target, neutral)
+        check_start(self.config, self.parts.head.weight)
+        self.apply, self.neutral = apply, neutral
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
@@ -230,6 +235,7 @@ class Decoder:
             max_rows=batch_rows,
             max_candidates=self.max_candidates,
             filter_order=self.filter_order,
+            neutral=self.neutral,
             device=parts.device if latent else None,
         )
         self.explorer = explorer

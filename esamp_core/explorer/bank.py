@@ -19,8 +19,8 @@ from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError, CapacityError, StateError
 from esamp_core.base.files import read_safetensors
 from esamp_core.base.seeds import as_int64
-from esamp_core.base.tensors import DistillerState, DistillerWeights
-from esamp_core.explorer.start import start_weights
+from esamp_core.base.tensors import DistillerState, DistillerWeights, Gauge
+from esamp_core.explorer.start import Start, start_of
 
 OnFull = Literal["error", "evict"]
 
@@ -44,7 +44,10 @@ class GroupStats(NamedTuple):
     loss: float  # mean relative squared error at the latest step, before it; NaN before the first
     first_loss: float  # the same at the first step
     nonfinite: int  # steps skipped because the loss was not finite
-    learning: bool  # False if the loss has not fallen after config.patience updates, or steps were only skipped
+    learning: bool  # False if after config.patience updates the error is not below the baseline, or none was made
+    error: float  # mean of the loss over the latest 32 steps; NaN before the second, and without config.gate
+    baseline: float  # the same of a constant, the mean of all earlier deep states
+    trust: float  # what beta is scaled by: 1 - error / baseline, at least 0; 1 without config.gate
 
 
 class DistillerBank:
@@ -64,8 +67,9 @@ class DistillerBank:
         self._free = list(range(max_groups - 1, -1, -1))
         self._clock = 0
         self._warned: set[Hashable] = set()
-        self.start = start_weights(hidden_size, config, device)
-        self.state = _empty_state(self.start, config, max_groups, device)
+        self.start: Start = start_of(hidden_size, config, device)
+        self.state = _empty_state(self.start.weights, config, max_groups, device)
+        self.gauge = _empty_gauge(max_groups, hidden_size, device)
         # NaN until known: a prediction in unknown units must not look like a number.
         self.scale = torch.full((), self._known_scale(), device=device)
 
@@ -120,8 +124,10 @@ class DistillerBank:
 
     def reset(self, slot: int, seed: int) -> None:
         """Put the start weights into a slot; seed keys its stochastic rounding."""
-        for weights, start in zip(self.state.weights, self.start, strict=True):
+        for weights, start in zip(self.state.weights, self.start.weights, strict=True):
             weights[slot].copy_(start)
+        for column, start in zip(self.gauge, self.start.gauge, strict=True):
+            column[slot].copy_(start)
         for velocity in self.state.momentum or ():
             velocity[slot].zero_()
         self.state.seed[slot] = as_int64(seed)
@@ -139,19 +145,23 @@ class DistillerBank:
 
     def stats(self) -> dict[Hashable, GroupStats]:
         """Per group; waits for the device.  Warns once per group that does not learn."""
-        state = self.state
+        state, gauge = self.state, self.gauge
         columns = [t.tolist() for t in (state.updates, state.loss, state.first_loss, state.nonfinite)]
+        judged = [t.tolist() for t in (gauge.error, gauge.baseline, gauge.trust)]
         result = {}
         for group, lease in self.leases.items():
             updates, loss, first_loss, nonfinite = (column[lease.slot] for column in columns)
-            stalled = updates >= self.config.patience and not loss < first_loss
-            learning = not (stalled or (nonfinite > 0 and updates == 0))
-            result[group] = GroupStats(lease.rows, updates, loss, first_loss, nonfinite, learning)
+            error, baseline, trust = (column[lease.slot] for column in judged)
+            better = error < baseline if self.config.gated else loss < first_loss
+            learning = not ((updates >= self.config.patience and not better) or (nonfinite > 0 and updates == 0))
+            gated = (error, baseline, trust if self.config.gated else 1.0)
+            result[group] = GroupStats(lease.rows, updates, loss, first_loss, nonfinite, learning, *gated)
             if (not learning or nonfinite > 0) and group not in self._warned:
                 self._warned.add(group)
                 warnings.warn(
                     f"the Distiller of group {group!r} does not learn well: loss {first_loss:.3g} -> {loss:.3g} after "
-                    f"{updates} updates, {nonfinite} skipped as not finite; check the taps, or config.lr",
+                    f"{updates} updates, {error:.3g} lately where a constant has {baseline:.3g}, {nonfinite} skipped "
+                    "as not finite; check the taps, or config.lr",
                     stacklevel=3,
                 )
         return result
@@ -211,11 +221,19 @@ class DistillerBank:
         named = {f"weights.{k}": t for k, t in state.weights._asdict().items()}
         if state.momentum is not None:
             named |= {f"momentum.{k}": t for k, t in state.momentum._asdict().items()}
+        if self.config.gated:
+            named |= {f"gauge.{k}": t for k, t in self.gauge._asdict().items()}
         return named | {k: getattr(state, k) for k in ("seed", "updates", "loss", "first_loss", "nonfinite")}
 
 
 def _plain(config: DistillerConfig) -> dict[str, Any]:
     return asdict(config) | {"weight_dtype": str(config.weight_dtype)}
+
+
+def _empty_gauge(slots: int, hidden_size: int, device: torch.device) -> Gauge:
+    zeros = torch.zeros(slots, device=device)
+    steps = torch.zeros(slots, dtype=torch.int64, device=device)
+    return Gauge(torch.zeros(slots, hidden_size, device=device), steps, zeros, zeros.clone(), zeros.clone())
 
 
 def _empty_state(start: DistillerWeights, config: DistillerConfig, slots: int, device: torch.device) -> DistillerState:

@@ -19,6 +19,7 @@ from esamp_core.base.tensors import Draw, Head, RowParams
 from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
 from esamp_core.explorer.learner import Learner
 from esamp_core.explorer.rows import Ledger, Row, Rows, starting_codes
+from esamp_core.explorer.start import check_start
 from esamp_core.explorer.streams import Lane, default_lane
 from esamp_core.ops import backend_name, warm_up
 from esamp_core.ops.arguments import check_mixed_out
@@ -35,6 +36,7 @@ class Explorer:
     max_groups: Distiller slots, S.  max_rows: most rows open at once.
     max_candidates: C, tokens scored per row, 1..1024; the others keep their own logit.
     filter_order: "transformers" or "vllm", see ``select_candidates``.
+    neutral: novelty in ``sample`` without its regression on the logits, see ``reweight``; ``mix`` has no such form.
     on_full: "error", or "evict" the least recently used idle group, when a new group finds no slot.
     lane: where learning runs; default a second CUDA stream, or in line on the CPU.
     device: the Explorer's, where there is no head.
@@ -52,6 +54,7 @@ class Explorer:
         max_rows: int = 1024,
         max_candidates: int = 256,
         filter_order: FilterOrder = "transformers",
+        neutral: bool = False,
         on_full: OnFull = "error",
         lane: Lane | None = None,
         device: torch.device | str | None = None,
@@ -61,12 +64,15 @@ class Explorer:
         if head is not None:
             require(head.hidden_size == hidden_size, "hidden_size", f"be the head's {head.hidden_size}", hidden_size)
             require(device is None, "device", "be left out with a head, which has its own", device)
+            check_start(self.config, head.weight)
         else:
             require(device is not None, "device", "be given where there is no head", device)
             require(self.config.target == "deep", "head", 'be given for target "choice"', head)
         require(is_int(max_rows) and max_rows >= 1, "max_rows", "be an integer >= 1", max_rows)
         check_options(filter_order, max_candidates)
-        self.head = head
+        require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
+        require(not (neutral and head is None), "neutral", "be False without a head: candidates alone have it", neutral)
+        self.head, self.neutral = head, neutral
         self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
         self.max_groups = max_groups
         self._device = torch.empty(0, device=device).device if head is None else head.weight.device
@@ -99,7 +105,7 @@ class Explorer:
         """
         head = self._learner.head
         if head is not None:
-            warm_up(head, self.config, max_candidates=self.max_candidates, dtype=dtype)
+            warm_up(head, self.config, max_candidates=self.max_candidates, dtype=dtype, neutral=self.neutral)
         else:
             require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
             self._learner.backend.warm_up_mixing(self._bank.hidden_size, self.config, dtype, self._device)
@@ -216,7 +222,7 @@ class Explorer:
             )
         self._ledger.step, self._done, self._drawn = rows, "", None
         if rows.grouped:
-            self._learner.predict(shallow.detach(), rows.row_groups, rows.active)
+            self._learner.predict(shallow.detach(), rows.row_groups, rows.slots, rows.active)
         else:
             self._learner.flush()
 
@@ -290,9 +296,10 @@ class Explorer:
             raise StateError("sample needs a head to explore with, or mix first: this Explorer has none")
         if use and head is not None:
             head.check_covers(logits.shape[1])
+        params = rows.params._replace(beta=self._learner.strength(rows.params.beta)) if use else rows.params
         draw = self._learner.backend.explore(
             logits,
-            rows.params,
+            params,
             rows.seeds,
             rows.positions,
             codes=rows.codes if rows.stratified else None,
@@ -300,6 +307,7 @@ class Explorer:
             head=head if use else None,
             model_logits=model_logits,
             model_weight=0.0 if self.config.target == "choice" else 1.0,
+            neutral=self.neutral,
             filter_order=self.filter_order,
             max_candidates=self.max_candidates,
             active=rows.active,

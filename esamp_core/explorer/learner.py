@@ -15,8 +15,8 @@ Who may touch what, and why no buffer needs a twin:
   predict(t-1) before it writes again.
 - activations, copies of the row groups and of the mask, scratch: owned by the second stream; predict(t) writes them,
   learn(t) reads them.  Main may free its Rows while learning still reads them: hence the copies.
-- ``pred``, one of the activations: written by predict(t), read by main between its wait and the next predict's publish;
-  learn does not read it.
+- ``pred``, one of the activations, and ``trust``: written by predict(t), read by main between its wait and the next
+  predict's publish; learn does not read them.
 - ``mean``, ``rstd`` and ``pred`` where there is no head to score candidates with: predict(t) leaves them to main, which
   writes them after that wait (in mix, or else in prediction or stage); learn(t) stands behind the next publish.
 - ``target``: written by main after waiting for predict(t), which stands behind learn(t-1), its last reader.  So is
@@ -89,6 +89,7 @@ class Learner:
         self._kept = Activations.empty(max_rows, hidden, self._config.rank, device)
         self._teaches = zeros(max_rows, dtype=torch.bool)
         self._groups = RowGroups(*(zeros(n, dtype=torch.int32) for n in (max_rows, groups, groups + 1)))
+        self._slots, self._trust = zeros(max_rows, dtype=torch.int64), zeros(max_rows)
         self.backend = backend(device)
         """Chosen here, once: what it needs of scratch depends on it."""
         self._scratch = self.backend.distiller_scratch(bank.state.weights, max_rows)
@@ -117,8 +118,9 @@ class Learner:
         """What the host knows and a step depends on: a captured step may be replayed while it is the same."""
         return self._host.staged, self._host.joined, self._host.scored, self._host.rows, id(self._host.source)
 
-    def predict(self, shallow: Tensor, groups: RowGroups, active: Tensor) -> None:
-        """Enqueue learn of the step before, then the prediction of this one.  shallow [R, H], active bool [R].
+    def predict(self, shallow: Tensor, groups: RowGroups, slots: Tensor, active: Tensor) -> None:
+        """Enqueue learn of the step before, then the prediction of this one.  shallow [R, H], active bool [R], slots
+        int64 [R], -1 for none.
 
         Raises StateError in a capture, if the step before was not one that a replay could repeat.
         """
@@ -133,11 +135,11 @@ class Learner:
         try:
             self._enqueue_learn()
             if self._host.source is not groups:
-                self._lane.run(lambda: self._copy_groups(groups))
+                self._lane.run(lambda: self._copy_groups(groups, slots))
                 self._host.source = groups
             self._host.scored, self._host.rows = self._host.scale_known, rows
             self._host.normed = self._host.predicted = self.head is not None
-            self._lane.run(lambda: self._forward(rows), writes=(self._kept.pred,))
+            self._lane.run(lambda: self._forward(rows), writes=(self._kept.pred, self._trust))
         finally:  # also after an interrupt main must wait for what was enqueued
             self._host.joined = False
             self._lane.mark()
@@ -149,12 +151,28 @@ class Learner:
             self._norm()
         return self._kept.pred[: self._host.rows]
 
+    def strength(self, beta: Tensor) -> Tensor:
+        """float32 [R]: beta, scaled by how far each row's Distiller is trusted in the latest prediction."""
+        if not self._config.gated:
+            return beta
+        self._wait()
+        return beta * self._trust[: self._host.rows]
+
     def mix(self, deep: Tensor, beta: Tensor, active: Tensor, out: Tensor | None, status: Tensor) -> Tensor:
         """The latest prediction mixed into deep [R, H]; flags are added to status int32 [R]."""
         self._wait()
         kept, groups, _ = self._first(self._host.rows)
+        strength = self.strength(beta)
         mixed = self.backend.mix(
-            deep, kept, groups, self._bank.state.weights, self._bank.scale, beta, active=active, out=out, status=status
+            deep,
+            kept,
+            groups,
+            self._bank.state.weights,
+            self._bank.scale,
+            strength,
+            active=active,
+            out=out,
+            status=status,
         )
         self._host.normed = True
         return mixed.hidden
@@ -219,9 +237,10 @@ class Learner:
                 raise StateError("a step can be captured only after a whole step, learn included, of the same rows")
 
     @torch.no_grad()
-    def _copy_groups(self, groups: RowGroups) -> None:
+    def _copy_groups(self, groups: RowGroups, slots: Tensor) -> None:
         for mine, theirs in zip(self._groups, groups, strict=True):
             mine[: theirs.shape[0]].copy_(theirs)
+        self._slots[: slots.shape[0]].copy_(slots.clamp_min(0))  # rows without a slot have beta 0
 
     def _first(self, rows: int) -> tuple[Activations, RowGroups, Tensor]:
         """What the second stream has of so many rows: activations, groups, and the mask."""
@@ -238,6 +257,8 @@ class Learner:
         kept, groups, teaches = self._first(rows)
         teaches.copy_(self._active[:rows])
         weights, scale = self._bank.state.weights, self._bank.scale
+        if self._config.gated:
+            torch.index_select(self._bank.gauge.trust, 0, self._slots[:rows], out=self._trust[:rows])
         shallow, norm = self._shallow[:rows], self.head is not None
         self.backend.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch, norm=norm)
 
@@ -255,6 +276,10 @@ class Learner:
         if measure:
             self._bank.measure_scale(target, teaches & (kept.rstd > 0))
         head = self.head if self._config.target == "choice" else None
+        if self._config.gated:
+            self.backend.gauge_(
+                self._bank.gauge, kept, target, groups, state.weights, scale, active=teaches, scratch=self._scratch
+            )
         self.backend.distiller_step_(
             state, kept, target, groups, scale, self._config, head=head, active=teaches, scratch=self._scratch
         )

@@ -101,9 +101,9 @@ class Rows:
         self.status = status
         """int32 [R], Status flags of all that ``mix`` has met so far."""
         self.params = params
-        slots = torch.tensor([r.slot for r in entries], dtype=torch.int64, device=seeds.device)
+        self.slots = torch.tensor([r.slot for r in entries], dtype=torch.int64, device=seeds.device)
         rank = torch.tensor([r.sample_index for r in entries], dtype=torch.int64, device=seeds.device)
-        self.row_groups = group_rows(slots, ledger.bank.max_groups, rank)
+        self.row_groups = group_rows(self.slots, ledger.bank.max_groups, rank)
         self.explores = any(r.explores for r in entries)
         self.stratified = any(r.stratified for r in entries)
         self.grouped = any(r.slot >= 0 for r in entries)

@@ -1,54 +1,130 @@
-"""The weights that every Distiller starts with: the identity path, or a file that calibration wrote."""
+"""What every Distiller starts with: the identity path, or a file that calibration wrote."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError
 from esamp_core.base.files import read_safetensors
-from esamp_core.base.tensors import DistillerWeights
+from esamp_core.base.tensors import DistillerWeights, Gauge, Head
 from esamp_core.reference.distiller import INIT_STD
+from esamp_core.reference.gauge import WINDOW
 
 FORMAT = "esamp-distiller-start-1"
 
 
+class Start(NamedTuple):
+    """One Distiller before it has learned, without the dimension of slots."""
+
+    weights: DistillerWeights
+    gauge: Gauge
+
+
 def start_weights(hidden_size: int, config: DistillerConfig, device: torch.device) -> DistillerWeights:
+    """The weights of :func:`start_of`."""
+    return start_of(hidden_size, config, device).weights
+
+
+class Judged(NamedTuple):
+    """What calibration found on states that it did not fit."""
+
+    mean: Tensor  # float32 [H], of the deep states, in units of s
+    error: float  # relative squared error of the calibrated Distiller
+    baseline: float  # of the mean
+
+
+def start_of(hidden_size: int, config: DistillerConfig, device: torch.device) -> Start:
     """One Distiller before it has learned: A, G ~ N(0, 0.02^2), b = 1, and pred = s * LayerNorm(x), the identity path.
 
     With target "choice" pred starts at 0 instead (w = 0): nothing was chosen yet.  Drawn on the CPU, so that every
-    device starts from the same bits.  With ``config.start`` it is read from that file.
+    device starts from the same bits.  With ``config.start`` it is read from that file, and trusted as far as it was
+    better than a constant there.
     """
     h, r = hidden_size, config.rank
+    judged = None
     if config.start is not None:
-        weights = _read_start(config.start, h, r)
+        weights, judged = _read_start(config.start, h, r)
     else:
         generator = torch.Generator().manual_seed(config.seed)
         up, gate = (torch.randn(h, r, generator=generator) * INIT_STD for _ in range(2))
         norm_weight = torch.zeros(h) if config.target == "choice" else torch.ones(h)
         weights = DistillerWeights(up, gate, torch.zeros(r, h), torch.ones(r), norm_weight, torch.zeros(h))
     weights = weights._replace(**{k: getattr(weights, k).to(config.weight_dtype) for k in ("up", "gate", "down")})
-    return DistillerWeights(*(t.to(device) for t in weights))
+    if config.gated and judged is None and config.lr == 0:
+        raise ArgumentError("gate must be False where lr is 0 and no start was judged: nothing would ever be explored")
+    gauge = _unjudged(h) if judged is None else _as_judged(judged)
+    return Start(DistillerWeights(*(t.to(device) for t in weights)), Gauge(*(t.to(device) for t in gauge)))
 
 
-def _read_start(path: str, hidden_size: int, rank: int) -> DistillerWeights:
+def _unjudged(hidden_size: int) -> Gauge:
+    nothing = torch.tensor(math.nan)
+    return Gauge(torch.zeros(hidden_size), torch.tensor(0), nothing, nothing, torch.tensor(0.0))
+
+
+def _as_judged(judged: Judged) -> Gauge:
+    """As after so many steps as the running means remember."""
+    error, baseline = torch.tensor(judged.error), torch.tensor(judged.baseline)
+    return Gauge(judged.mean, torch.tensor(WINDOW + 1), error, baseline, (1 - error / baseline).clamp_min(0))
+
+
+def _open_start(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Its tensors, and what it says of itself.  Raises ArgumentError."""
     try:
         tensors, metadata = read_safetensors(path)
     except Exception as error:  # of the operating system, or safetensors' own
         raise ArgumentError(f"start cannot be read from {path!r}: {error}") from None
-    if metadata.get("format") != FORMAT or set(tensors) != set(DistillerWeights._fields):
+    unknown = set(tensors) ^ set(DistillerWeights._fields)
+    numbers = [metadata.get(name, "") for name in ("error", "baseline")]
+    judged = "mean" in tensors and all(re.fullmatch(r"[0-9.e+-]+", number) for number in numbers)
+    if metadata.get("format") != FORMAT or unknown - {"mean", "head"} or ("mean" in tensors and not judged):
         raise ArgumentError(f"start must be a file written by `esamp calibrate`, got {path!r}")
+    return tensors, metadata
+
+
+def _read_start(path: str, hidden_size: int, rank: int) -> tuple[DistillerWeights, Judged | None]:
+    tensors, metadata = _open_start(path)
     got = tuple(tensors["up"].shape)
     if got != (hidden_size, rank):
         raise ArgumentError(f"start must be for H={hidden_size} and rank={rank}, got {got} in {path!r}")
-    return DistillerWeights(**tensors)
+    judged = None
+    if "mean" in tensors:
+        judged = Judged(tensors["mean"], float(metadata["error"]), float(metadata["baseline"]))
+    return DistillerWeights(*(tensors[name] for name in DistillerWeights._fields)), judged
 
 
-def write_start(path: Path, weights: DistillerWeights, about: Mapping[str, str]) -> None:
+def _sample(weight: Tensor) -> Tensor:
+    """float32 [up to 16, up to 16]: some numbers of a head, by which a model is known again in any dtype."""
+    rows, columns = (torch.linspace(0, size - 1, min(size, 16)).long() for size in weight.shape)
+    return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
+
+
+def check_start(config: DistillerConfig, weight: Tensor) -> None:
+    """Raises ArgumentError if config.start was calibrated for a model with another head [V, H] than this."""
+    if config.start is None:
+        return
+    tensors, metadata = _open_start(config.start)
+    if "head" not in tensors:
+        return  # a file of an earlier version
+    known, mine = tensors["head"], _sample(weight)
+    # Half precision rounds to 2^-8 of a number, twice.
+    same = known.shape == mine.shape and bool((known - mine).abs().max() <= 2**-6 * known.abs().max())
+    if not same:
+        model = metadata.get("model", "another model")
+        raise ArgumentError(f"start must be calibrated for this model, got that of {model} in {config.start!r}")
+
+
+def write_start(path: Path, weights: DistillerWeights, judged: Judged, head: Head, about: Mapping[str, str]) -> None:
     """Write a file for ``DistillerConfig(start=path)``.  about: what else the file is to say of itself."""
     tensors = {name: t.contiguous() for name, t in weights._asdict().items()}
-    save_file(tensors, path, metadata={"format": FORMAT, **about})
+    tensors |= {"mean": judged.mean.contiguous(), "head": _sample(head.weight).contiguous()}
+    numbers = {"error": repr(judged.error), "baseline": repr(judged.baseline)}
+    save_file(tensors, path, metadata={"format": FORMAT, **numbers, **about})

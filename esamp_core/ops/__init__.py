@@ -5,7 +5,15 @@ installed and PyTorch elsewhere.  Every op has a plain-PyTorch twin of the same 
 """
 
 from esamp_core.ops.backends import backend, backend_name
-from esamp_core.ops.distiller import distiller_forward, distiller_scratch, distiller_step_, group_rows, mix, warm_up
+from esamp_core.ops.distiller import (
+    distiller_forward,
+    distiller_scratch,
+    distiller_step_,
+    gauge_,
+    group_rows,
+    mix,
+    warm_up,
+)
 from esamp_core.ops.sampling import (
     draw,
     explore,
@@ -24,6 +32,7 @@ __all__ = [
     "distiller_step_",
     "draw",
     "explore",
+    "gauge_",
     "group_rows",
     "mix",
     "replay",

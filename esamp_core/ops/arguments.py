@@ -10,7 +10,7 @@ from torch import Tensor
 from esamp_core.base.checks import check_tensor, describe, is_int, require
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Activations, Candidates, DistillerWeights, Head, RowGroups, RowParams
+from esamp_core.base.tensors import Activations, Candidates, DistillerWeights, Gauge, Head, RowGroups, RowParams
 from esamp_core.reference import invalid_params
 
 Params = SamplingParams | Sequence[SamplingParams] | RowParams
@@ -80,6 +80,16 @@ def check_weights(weights: DistillerWeights, name: str = "weights") -> tuple[int
     for field, tensor, shape in zip(weights._fields[1:], weights[1:], shapes, strict=True):
         check_tensor(f"{name}.{field}", tensor, shape, device)
     return slots, hidden
+
+
+def check_gauge(gauge: Gauge, slots: int, hidden: int, device: torch.device) -> None:
+    require(isinstance(gauge, Gauge), "gauge", "be a Gauge", type(gauge).__name__)
+    for field, tensor in zip(gauge._fields, gauge, strict=True):
+        shape = (slots, hidden) if field == "mean" else (slots,)
+        check_tensor(f"gauge.{field}", tensor, shape, device, "int" if field == "steps" else "float")
+        dtype = torch.int64 if field == "steps" else torch.float32
+        fits = tensor.is_contiguous() and tensor.dtype == dtype
+        require(fits, f"gauge.{field}", f"be contiguous {dtype}", (tensor.dtype, tensor.stride()))
 
 
 def check_groups(groups: RowGroups, rows: int, slots: int, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from esamp_core.base.tensors import (
     DistillerState,
     DistillerWeights,
     Draw,
+    Gauge,
     Head,
     Mixed,
     Reweighted,
@@ -45,6 +46,7 @@ class ExploreOp(Protocol):
         head: Head | None = None,
         model_logits: Tensor | None = None,
         model_weight: float = 1.0,
+        neutral: bool = False,
         filter_order: FilterOrder = "transformers",
         max_candidates: int = 256,
         active: Tensor | None = None,
@@ -79,6 +81,7 @@ class Backend(Protocol):
         *,
         model_logits: Tensor | None = None,
         model_weight: float = 1.0,
+        neutral: bool = False,
     ) -> Reweighted: ...
 
     def draw(
@@ -140,7 +143,22 @@ class Backend(Protocol):
         scratch: Tensor | None = None,
     ) -> None: ...
 
-    def warm_up(self, head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None: ...
+    def gauge_(
+        self,
+        gauge: Gauge,
+        activations: Activations,
+        target: Tensor,
+        groups: RowGroups,
+        weights: DistillerWeights,
+        scale: Tensor,
+        *,
+        active: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> None: ...
+
+    def warm_up(
+        self, head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype, neutral: bool
+    ) -> None: ...
 
     def warm_up_mixing(
         self, hidden_size: int, config: DistillerConfig, dtype: torch.dtype, device: torch.device

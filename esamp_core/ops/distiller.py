@@ -13,10 +13,11 @@ from esamp_core import reference
 from esamp_core.base.checks import LOGIT_DTYPES, check_tensor, is_int, require
 from esamp_core.base.config import DistillerConfig, check_options
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Head, Mixed, RowGroups
+from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Gauge, Head, Mixed, RowGroups
 from esamp_core.ops.arguments import (
     check_activations,
     check_active,
+    check_gauge,
     check_groups,
     check_mixed_out,
     check_out,
@@ -163,8 +164,48 @@ def distiller_step_(
     )
 
 
+def gauge_(
+    gauge: Gauge,
+    activations: Activations,
+    target: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    active: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> None:
+    """Compare each group's Distiller with a constant, in place; call it before :func:`distiller_step_`.
+
+    Both are judged by the mean over the group's active rows of the squared error relative to ``|target|^2``.  The
+    constant is the mean of all targets of earlier steps.  ``error`` and ``baseline`` are running means of the step
+    errors, each step with a share of 1 / (comparisons so far), at least 1 / 32;
+    ``trust = max(0, 1 - error / baseline)`` is what beta is scaled by.  A group's first step has nothing to
+    compare with, and leaves trust as it is.
+
+    gauge: :class:`Gauge`.  activations: from :func:`distiller_forward`, same rows and groups, with the weights
+    unchanged since.  target: [R, H] float, the deep hidden states.  scale: float32 0-d tensor, s.  active: bool [R],
+    rows that count.  scratch: as above.  A group whose errors are not finite is left alone.  Raises ArgumentError.
+    """
+    slots, hidden = check_weights(weights)
+    device = weights.up.device
+    check_gauge(gauge, slots, hidden, device)
+    rows = check_activations("activations", activations, None, hidden, weights.up.shape[2], device)
+    check_target(target, None, rows, hidden, device)
+    check_tensor("scale", scale, (), device)
+    check_groups(groups, rows, slots, device)
+    check_active(active, rows, device)
+    check_scratch(scratch, device)
+    backend(device).gauge_(gauge, activations, target, groups, weights, scale, active=active, scratch=scratch)
+
+
 def warm_up(
-    head: Head, config: DistillerConfig, *, max_candidates: int = 256, dtype: torch.dtype = torch.float32
+    head: Head,
+    config: DistillerConfig,
+    *,
+    max_candidates: int = 256,
+    dtype: torch.dtype = torch.float32,
+    neutral: bool = False,
 ) -> None:
     """Compile now what the first steps would compile: for logits of this dtype, this head and Distillers of config.
 
@@ -172,4 +213,4 @@ def warm_up(
     """
     check_options("transformers", max_candidates)
     require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
-    backend(head.weight.device).warm_up(head, config, max_candidates, dtype)
+    backend(head.weight.device).warm_up(head, config, max_candidates, dtype, neutral)

@@ -82,6 +82,7 @@ def reweight(
     *,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
 ) -> Reweighted:
     """The formula: ``novelty = model_weight * model_logit - projection``, ``new = logit + beta * novelty``.
 
@@ -90,19 +91,22 @@ def reweight(
 
     candidates: from :func:`select_candidates`.  projection: float32 [R, C].  model_logits: [R, C] the candidates'
     untouched logits where ``logits`` were edited (penalties, bans); default the candidates' own.
+    neutral: take from novelty its regression on the candidates' logits under ``softmax(logits / temperature)``: a small
+    beta then changes the entropy neither way, ``dH/dbeta = -Cov_p(novelty, log p) = 0``.
     Rows with beta 0 come back bit-equal.  Rows whose novelty is not finite come back unexplored and flagged.  In
     capped rows the scored logits are shifted by one number that keeps their base probability mass.
 
     Returns :class:`Reweighted`.  Raises ArgumentError.
     """
     require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
+    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
     rows, width, device = check_candidates(candidates)
     check_tensor("projection", projection, (rows, width), device)
     if model_logits is not None:
         check_tensor("model_logits", model_logits, (rows, width), device)
     resolved = check_params(params, rows, device)
     return backend(device).reweight(
-        candidates, projection, resolved, model_logits=model_logits, model_weight=model_weight
+        candidates, projection, resolved, model_logits=model_logits, model_weight=model_weight, neutral=neutral
     )
 
 
@@ -164,6 +168,7 @@ def explore(
     head: Head | None = None,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
     active: Tensor | None = None,
@@ -177,6 +182,7 @@ def explore(
     """
     check_logits(logits)
     require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
+    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
     rows, vocab_size = logits.shape
     check_options(filter_order, max_candidates)
     check_active(active, rows, logits.device)
@@ -198,6 +204,7 @@ def explore(
         head=head,
         model_logits=model_logits,
         model_weight=model_weight,
+        neutral=neutral,
         filter_order=filter_order,
         max_candidates=max_candidates,
         active=active,
@@ -212,6 +219,7 @@ def replay(
     *,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
 ) -> Tensor:
@@ -226,6 +234,7 @@ def replay(
     rows, device = logits.shape[0], logits.device
     check_logits(distilled, "distilled", logits)
     require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
+    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
     check_options(filter_order, max_candidates)
     if model_logits is not None:
         check_logits(model_logits, "model_logits", logits)
@@ -236,6 +245,7 @@ def replay(
         check_params(params, rows, device),
         model_logits=model_logits,
         model_weight=model_weight,
+        neutral=neutral,
         filter_order=filter_order,
         max_candidates=max_candidates,
     )

@@ -9,6 +9,7 @@ from esamp_core.ops.triton_distiller import (
     distiller_norm_,
     distiller_scratch,
     distiller_step_,
+    gauge_,
     mix,
     warm_up_mixing,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "distiller_step_",
     "draw",
     "explore",
+    "gauge_",
     "mix",
     "reweight",
     "score_candidates",

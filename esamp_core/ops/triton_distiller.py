@@ -11,12 +11,13 @@ from esamp_core.base.tensors import (
     Activations,
     DistillerState,
     DistillerWeights,
+    Gauge,
     Head,
     Mixed,
     RowGroups,
     unit_stride,
 )
-from esamp_core.kernels.distiller.ops import forward_op, mix_op, norm_op, scratch_size, step_op
+from esamp_core.kernels.distiller.ops import forward_op, gauge_op, mix_op, norm_op, scratch_size, step_op
 from esamp_core.kernels.warm_up import warm_up_distiller
 from esamp_core.reference.distiller import learning_rates
 
@@ -139,6 +140,30 @@ def distiller_step_(
         config.momentum,
         config.clip,
         _scratch(scratch, state.weights, rows),
+    )
+
+
+def gauge_(
+    gauge: Gauge,
+    activations: Activations,
+    target: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    active: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> None:
+    _check_weights("weights", weights, (torch.float32, torch.bfloat16))
+    gauge_op(
+        list(gauge),
+        [field.contiguous() for field in activations],
+        target.detach(),
+        *_groups(groups),
+        list(weights),
+        scale,
+        None if active is None else active.contiguous(),
+        _scratch(scratch, weights, activations.x.shape[0]),
     )
 
 

@@ -68,12 +68,15 @@ def reweight(
     *,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
 ) -> Reweighted:
     _check_device(projection)
     temperature, _, _, _, beta = _flat(params)
     ids, logits, _, _, _, status = candidates
     return Reweighted(
-        *torch_ops.reweight_op(ids, logits, status, projection, beta, temperature, model_logits, float(model_weight))
+        *torch_ops.reweight_op(
+            ids, logits, status, projection, beta, temperature, model_logits, float(model_weight), neutral
+        )
     )
 
 
@@ -123,6 +126,7 @@ def explore(
     head: Head | None = None,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
     active: Tensor | None = None,
@@ -151,13 +155,14 @@ def explore(
             clip=None if head is None else head.clip,
             first_id=0 if head is None else head.vocab_start,
             model_weight=float(model_weight),
+            neutral=neutral,
             width=min(max_candidates, logits.shape[1]),
             vllm=filter_order == "vllm",
         )
     )
 
 
-def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None:
+def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype, neutral: bool) -> None:
     """Run every kernel once as an Explorer with this head and config would."""
     warm_up_kernels(
         head.vocab_size,
@@ -174,4 +179,5 @@ def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: tor
         rank=config.rank,
         distiller_dtype=config.weight_dtype,
         momentum=config.momentum > 0,
+        neutral=neutral,
     )

@@ -21,6 +21,7 @@ from esamp_core.reference.distiller import (
     warm_up,
     warm_up_mixing,
 )
+from esamp_core.reference.gauge import gauge_
 from esamp_core.reference.sampling import draw, explore, replay, reweight, score_candidates, transform_scores
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "draw",
     "explore",
     "filter_temperature",
+    "gauge_",
     "group_rows",
     "invalid_params",
     "kept_mask",

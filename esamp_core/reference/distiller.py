@@ -43,7 +43,7 @@ def group_rows(slots: Tensor, num_slots: int, rank: Tensor | None = None) -> Row
     return RowGroups(order.int(), group_slots[:groups].int(), offsets.int())
 
 
-def _each_group(groups: RowGroups) -> list[tuple[int, Tensor]]:
+def each_group(groups: RowGroups) -> list[tuple[int, Tensor]]:
     """(slot, row numbers) of every group in use."""
     offsets, order = groups.offsets.tolist(), groups.order.long()
     slots = groups.slots.tolist()
@@ -85,7 +85,7 @@ def distiller_forward(
         saved = Activations.empty(rows, hidden, weights.up.shape[2], shallow.device, _wide(shallow[:0]).dtype)
     for field in saved:
         field.zero_()  # rows without a slot
-    for slot, members in _each_group(groups):
+    for slot, members in each_group(groups):
         x = _wide(shallow[members])
         # A floor, not an added epsilon: multiplying shallow by a constant then changes nothing.
         x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(RMS_FLOOR)
@@ -109,7 +109,7 @@ def _layer_norm(y: Tensor, weights: DistillerWeights, slot: int, scale: Tensor) 
 
 def distiller_norm_(activations: Activations, groups: RowGroups, weights: DistillerWeights, scale: Tensor) -> None:
     """The forward's last part: mean, rstd and pred from y, in place."""
-    for slot, members in _each_group(groups):
+    for slot, members in each_group(groups):
         mean, rstd, pred = _layer_norm(activations.y[members], weights, slot, scale)
         for name, value in dict(mean=mean, rstd=rstd, pred=pred).items():
             getattr(activations, name).index_copy_(0, members, value)
@@ -130,7 +130,7 @@ def mix(
     hidden = torch.empty_like(deep) if out is None else out
     flags = torch.zeros(deep.shape[0], dtype=torch.int32, device=deep.device) if status is None else status
     hidden.copy_(deep)
-    for slot, members in _each_group(groups):
+    for slot, members in each_group(groups):
         mean, rstd, pred = _layer_norm(activations.y[members], weights, slot, scale)
         activations.mean.index_copy_(0, members, mean)
         activations.rstd.index_copy_(0, members, rstd)
@@ -198,7 +198,7 @@ def distiller_step_(
         active = known if active is None else active & known
         target = token_targets(head, target)
     rates = learning_rates(config, target.shape[-1])
-    for slot, members in _each_group(groups):
+    for slot, members in each_group(groups):
         taught = members if active is None else members[active[members]]
         if taught.numel() == 0:
             continue
@@ -229,6 +229,18 @@ def token_targets(head: Head, token_ids: Tensor) -> Tensor:
     return (rows if head.center is None else rows - head.center) * head.scale
 
 
+def row_errors(
+    weights: DistillerWeights, slot: int, activations: Activations, rows: Tensor, target: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one slot's rows: normed y, target and error of the prediction, in units of s [n, H]; |target|^2 [n, 1]."""
+    x = activations.x
+    rstd = activations.rstd[rows, None]
+    normed = (activations.y[rows] - activations.mean[rows, None]) * rstd
+    deep = target[rows].to(x.dtype) / scale
+    error = weights.norm_weight[slot] * normed + weights.norm_bias[slot] - deep
+    return normed, deep, error, deep.square().sum(-1, keepdim=True)
+
+
 def slot_gradients(
     weights: DistillerWeights,
     slot: int,
@@ -243,12 +255,8 @@ def slot_gradients(
     The factor H / 2 makes the gradient with respect to the prediction (in units of s) the error itself, whatever H.
     """
     x, up, gate = activations.x[rows], activations.up[rows], activations.gate[rows]
-    rstd = activations.rstd[rows, None]
-    normed = (activations.y[rows] - activations.mean[rows, None]) * rstd
-    norm_weight = weights.norm_weight[slot]
-    deep = target[rows].to(x.dtype) / scale
-    error = norm_weight * normed + weights.norm_bias[slot] - deep
-    energy = deep.square().sum(-1, keepdim=True)
+    rstd, norm_weight = activations.rstd[rows, None], weights.norm_weight[slot]
+    normed, deep, error, energy = row_errors(weights, slot, activations, rows, target, scale)
     loss = (error.square().sum(-1, keepdim=True) / energy).mean()
 
     g = error * (deep.shape[-1] / energy)
@@ -287,7 +295,7 @@ def stochastic_round(x: Tensor, seed: Tensor, update: Tensor, tensor_index: int)
     return torch.where(torch.isfinite(x), rounded, x).bfloat16()
 
 
-def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype) -> None:
+def warm_up(head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype, neutral: bool) -> None:
     """Nothing here is compiled."""
 
 

@@ -38,6 +38,9 @@ from esamp_core.reference.candidates import (
 _SCORE_CHUNK = 2**18  # elements of gathered head rows at a time
 
 
+FLAT = 1e-6  # variance of logits under which a row has no slope: all its candidates are as likely as each other
+
+
 def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True) -> Tensor:
     rows, width = token_ids.shape
     local = token_ids - head.vocab_start
@@ -75,19 +78,23 @@ def reweight(
     *,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
 ) -> Reweighted:
     logits, status = candidates.logits, candidates.status
     present = candidates.token_ids >= 0
     original = logits if model_logits is None else model_logits.float()
     # The formula.  With model_weight 1 and unedited logits: (1 + beta) * logit - beta * distilled.
     novelty = model_weight * original - projection
+    t = filter_temperature(params)
+    top = logits.max(-1).values.masked_fill(~present[:, 0], 0.0)[:, None]
+    finite = torch.isfinite(novelty)
+    if neutral:
+        novelty = torch.where(finite, _neutral(novelty, logits - top, t, present & finite), novelty)
     reweighted = logits + params.beta[:, None] * novelty
 
     explored = (params.beta != 0) & (status & (Status.POS_INF_LOGITS | Status.INVALID_PARAMS) == 0)
     # What the draw exponentiates must be finite too: a finite novelty may overflow when divided by the temperature.
-    t = filter_temperature(params)
-    top = logits.max(-1).values.masked_fill(~present[:, 0], 0.0)[:, None]
-    finite = torch.isfinite(novelty) & torch.isfinite((reweighted - top) / t)
+    finite = finite & torch.isfinite(novelty) & torch.isfinite((reweighted - top) / t)
     broken = explored & (present & ~finite).any(-1)
     status = status | broken.int() * Status.NONFINITE_NOVELTY
     use = (explored & ~broken)[:, None] & present
@@ -102,6 +109,20 @@ def reweight(
     kept_mass = (reweighted - new_top) + (top + t * lost[:, None])
     reweighted = torch.where(shifted & use, kept_mass, reweighted)
     return Reweighted(reweighted, novelty, status.int())
+
+
+def _neutral(novelty: Tensor, below: Tensor, t: Tensor, present: Tensor) -> Tensor:
+    """What is left of novelty [R, C] after its regression on the logits under p = softmax(logits / t).
+
+    below: logits less the row's largest.  dH/dbeta = -Cov_p(novelty, log p) is then 0.
+    """
+    below, novelty = torch.where(present, below, 0.0), torch.where(present, novelty, 0.0)
+    weight = torch.where(present, torch.exp(below / t), 0.0)
+    p = weight / weight.sum(-1, keepdim=True).clamp_min(1.0)
+    below = below - (p * below).sum(-1, keepdim=True)
+    novelty = novelty - (p * novelty).sum(-1, keepdim=True)
+    slope = (p * novelty * below).sum(-1, keepdim=True) / (p * below.square()).sum(-1, keepdim=True).clamp_min(FLAT)
+    return novelty - slope * below
 
 
 class _Support:
@@ -303,6 +324,7 @@ def explore(
     head: Head | None = None,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
     active: Tensor | None = None,
@@ -318,7 +340,9 @@ def explore(
         part = Candidates(*(f[rows] for f in candidates))
         projection = score_candidates(direction[rows], head, part.token_ids)
         original = None if model_logits is None else _gather(model_logits[rows], part.token_ids)
-        explored = reweight(part, projection, params.take(rows), model_logits=original, model_weight=model_weight)
+        explored = reweight(
+            part, projection, params.take(rows), model_logits=original, model_weight=model_weight, neutral=neutral
+        )
         reweighted = Reweighted(*(u.index_copy(0, rows, e) for u, e in zip(unexplored, explored, strict=True)))
     return draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
 
@@ -335,13 +359,14 @@ def replay(
     *,
     model_logits: Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     filter_order: FilterOrder = "transformers",
     max_candidates: int = 256,
 ) -> Tensor:
     candidates = select_candidates(logits, params, filter_order=filter_order, max_candidates=max_candidates)
     original = None if model_logits is None else _gather(model_logits, candidates.token_ids)
     projection = _gather(distilled, candidates.token_ids)
-    new = reweight(candidates, projection, params, model_logits=original, model_weight=model_weight)
+    new = reweight(candidates, projection, params, model_logits=original, model_weight=model_weight, neutral=neutral)
     support = _Support(candidates, new.logits, params)
     known = token_ids.masked_fill(token_ids >= logits.shape[1], -1)
     tail = _tail(candidates, support.top, logits, params, lambda z, mass, rows: (z[:, 0], known[rows]))

@@ -4,6 +4,7 @@
     distiller_norm      norm alone, where the forward left it out
     mix                 mix
     distiller_step      error, back, gates, settle, update
+    gauge               compare, judge
 
 Everything that outlives an op is the caller's: it is given, and written in place.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton, distiller_norm_triton, forward_scratch
+from esamp_core.kernels.distiller.gauge import gauge_triton
 from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.scratch import room
 from esamp_core.kernels.distiller.step import distiller_step_triton, step_scratch
@@ -120,5 +122,28 @@ def step_op(
 
 
 @step_op.register_fake
+def _(*_):
+    pass
+
+
+@torch.library.custom_op("esamp::gauge", mutates_args=("gauge", "scratch"))
+def gauge_op(
+    gauge: list[Tensor],
+    saved: list[Tensor],
+    target: Tensor,
+    order: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    weights: list[Tensor],
+    scale: Tensor,
+    active: Tensor | None,
+    scratch: Tensor,
+) -> None:
+    """gauge: mean, steps, error, baseline, trust."""
+    config = config_of(weights[0])
+    gauge_triton(gauge, saved, target, order, slots, offsets, weights, scale, active, scratch, config)
+
+
+@gauge_op.register_fake
 def _(*_):
     pass

@@ -61,6 +61,7 @@ def _draw_kernel(
     token_ptr, logprob_ptr, base_logprob_ptr, token_novelty_ptr, kl_ptr, new_status_ptr,
     V, width, splits, tiles,
     HAS_PROJECTION: tl.constexpr, HAS_NEW: tl.constexpr, HAS_MODEL: tl.constexpr, HAS_CODES: tl.constexpr,
+    NEUTRAL: tl.constexpr,
     WIDTH: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -91,7 +92,9 @@ def _draw_kernel(
             original = tl.load(raw_ptr + row * stride_rr + safe_ids, mask=present, other=0.0).to(tl.float32)
         projection = tl.load(projection_ptr + at, mask=present, other=0.0)
         beta = tl.load(beta_ptr + row)
-        new, novelty, status = reweight(logits, original, projection, present, beta, model_weight, raw_t, status)
+        new, novelty, status = reweight(
+            logits, original, projection, present, beta, model_weight, raw_t, status, NEUTRAL
+        )
     if HAS_NEW:
         new = tl.load(new_ptr + at, mask=inside, other=float("-inf"))
         novelty = tl.load(novelty_ptr + at, mask=inside, other=0.0)
@@ -191,6 +194,7 @@ def draw_triton(
     novelty: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
     model_weight: float = 1.0,
+    neutral: bool = False,
     raw_is_model: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """token int64 [R]; logprob, base_logprob, novelty, kl float32 [R]; status int32 [R].
@@ -212,7 +216,7 @@ def draw_triton(
         tail["best"], tail["best_id"], tail["best_z"], tail["mass_max"], tail["mass_sum"],
         token, logprob, base_logprob, token_novelty, kl, new_status, raw.shape[1], width, splits, tiles,
         HAS_PROJECTION=projection is not None, HAS_NEW=new is not None, HAS_MODEL=raw_is_model,
-        HAS_CODES=codes is not None,
+        HAS_CODES=codes is not None, NEUTRAL=neutral,
         WIDTH=power_of_2(width, 16), SPLITS=power_of_2(splits, 16), TILES=power_of_2(tiles, 16),
         num_warps=config.draw_warps, enable_fp_fusion=False,
     )  # fmt: skip

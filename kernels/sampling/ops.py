@@ -132,12 +132,15 @@ def reweight_op(
     temperature: Tensor,
     original: Tensor | None,
     model_weight: float,
+    neutral: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits, novelty, status."""
     if token_ids.numel() == 0:
         return torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(status)
     config = config_for(generation_of(logits.device), 0, 0, token_ids.shape[1], 4)
-    return reweight_triton(token_ids, logits, status, projection, beta, temperature, original, model_weight, config)
+    return reweight_triton(
+        token_ids, logits, status, projection, beta, temperature, original, model_weight, neutral, config
+    )
 
 
 @reweight_op.register_fake
@@ -217,6 +220,7 @@ def explore_triton(
     clip: float | None,
     first_id: int,
     model_weight: float,
+    neutral: bool,
     width: int,
     vllm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -243,7 +247,7 @@ def explore_triton(
     )  # fmt: skip
     drawn = draw_triton(
         found["token_ids"], found["logits"], found["count"], found["status"], raw, scan, tail, temperature, beta,
-        seed, position, config, codes=codes, projection=projection, model_weight=model_weight,
+        seed, position, config, codes=codes, projection=projection, model_weight=model_weight, neutral=neutral,
         raw_is_model=model_logits is not None,
     )  # fmt: skip
     token, logprob, base_logprob, novelty, kl, status = drawn

@@ -76,8 +76,12 @@ def mixer() -> Mixer:
 
 
 def make_llm(model: str, esamp: Any = None, **options: Any) -> LLM:
-    """An engine in this process.  esamp: the plugin's settings; None is an engine without it."""
+    """An engine in this process.  esamp: the plugin's settings; None is an engine without it.
+
+    Distillers are not gated unless esamp says so: of such small models they hardly beat a constant.
+    """
     if esamp is not None:
+        esamp = esamp | {"distiller": {"gate": False} | esamp.get("distiller", {})}
         options = {"additional_config": {"esamp": esamp}, **options}
     defaults = {
         "dtype": "float32",

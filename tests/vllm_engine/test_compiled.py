@@ -9,8 +9,9 @@ from processes import run
 
 
 def test_engine_process_and_torch_compile(qwen3: str, single: Any, tmp_path: Path) -> None:
-    """By the switch alone, as a trainer's engine would be."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path), "ESAMP_VLLM": "1"}
+    """By the switch alone, as a trainer's engine would be; its Distillers as those that it is compared with."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path)}
+    environment["ESAMP_VLLM"] = '{"distiller": {"gate": false}}'
     answer = run(qwen3, environment, esamp=None, enforce_eager=False)
     assert answer["outputs"] == single["outputs"]
     assert answer["distillers"][0]["updates"] == single["distillers"][0]["updates"]

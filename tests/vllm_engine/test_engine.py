@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +22,14 @@ from engines import (
     returned_logprobs,
     tokenise,
 )
+from latent_oracle import judged_start
 from vllm import SamplingParams
 
-from esamp_core.sample import DistillerConfig
+from esamp_core.sample import DistillerConfig, Head
 
 pytestmark = pytest.mark.both_runners
 COUNT = 10
-CONFIG = DistillerConfig()
+CONFIG = DistillerConfig(gate=False)
 
 
 def keyed(i: int, beta: float = 1.0, **given: Any) -> SamplingParams:
@@ -75,7 +78,7 @@ def test_returned_logprobs_are_those_of_the_mixed_model(
     tokens = [list(sample.token_ids) for sample in output.outputs]
     want = expected_logits(reference, tokenise("hello"), tokens, 0.7, CONFIG)
     base = expected_logits(reference, tokenise("hello"), tokens, 0.7, None)
-    frozen = expected_logits(reference, tokenise("hello"), tokens, 0.7, DistillerConfig(lr=0.0))
+    frozen = expected_logits(reference, tokenise("hello"), tokens, 0.7, DistillerConfig(lr=0.0, gate=False))
     for sample, logits, plain, unlearned in zip(output.outputs, want, base, frozen, strict=True):
         got = returned_logprobs(sample)
         torch.testing.assert_close(got, chosen(logits, sample.token_ids), atol=2e-3, rtol=0)
@@ -85,6 +88,27 @@ def test_returned_logprobs_are_those_of_the_mixed_model(
         for step, row in zip(sample.logprobs, logits.log_softmax(-1), strict=True):
             for token, said in step.items():
                 assert abs(said.logprob - float(row[token])) < 2e-3
+
+
+def test_a_calibrated_start_is_trusted_from_the_first_token(qwen3: str, reference: Any, tmp_path: Path) -> None:
+    """Gated, as engines are by default; the oracle counts trust anew.  One of another model is refused."""
+    head = Head(reference.lm_head.weight.detach())
+    path = judged_start(head, tmp_path / "start")
+    llm = make_llm(qwen3, {"distiller": {"gate": True, "rank": 8, "start": path}})
+    sampling = SamplingParams(
+        n=3, max_tokens=20, seed=5, ignore_eos=True, logprobs=0, extra_args={"esamp": {"beta": 0.7}}
+    )
+    (output,) = ask(llm, [sampling], ["hello"])
+    tokens = [list(sample.token_ids) for sample in output.outputs]
+    want = expected_logits(reference, tokenise("hello"), tokens, 0.7, DistillerConfig(rank=8, start=path))
+    base = expected_logits(reference, tokenise("hello"), tokens, 0.7, None)
+    for sample, logits, plain in zip(output.outputs, want, base, strict=True):
+        got = returned_logprobs(sample)
+        torch.testing.assert_close(got, chosen(logits, sample.token_ids), atol=2e-3, rtol=0)
+        assert (got - chosen(plain, sample.token_ids)).abs()[0] > 0.01
+    other = judged_start(replace(head, weight=head.weight + 1), tmp_path / "other")
+    with pytest.raises(Exception, match="start must be calibrated for this model"):
+        make_llm(qwen3, {"distiller": {"rank": 8, "start": other}})
 
 
 def test_processed_logprobs_are_the_behaviour_policy(qwen3: str, reference: Any) -> None:

@@ -20,8 +20,8 @@ def mixed(betas: list[float], flags: list[int], active: list[bool]) -> Any:
 
 
 def explorer(*updates: int) -> Any:
-    stats = {i: GroupStats(1, n, 0.5, 1.0, 0, True) for i, n in enumerate(updates)}
-    stats["idle"] = GroupStats(0, 100, 0.5, 1.0, 0, True)
+    stats = {i: GroupStats(1, n, 0.5, 1.0, 0, True, 0.5, 0.7, 0.2) for i, n in enumerate(updates)}
+    stats["idle"] = GroupStats(0, 100, 0.5, 1.0, 0, True, 0.5, 0.7, 0.2)
     return SimpleNamespace(max_groups=8, stats=lambda: stats)
 
 

@@ -54,7 +54,7 @@ def test_chunked_prefill_and_prompt_logprobs(qwen3: str, reference: Any, capture
         (logits,) = expected_logits(reference, tokens[:1], [tokens[1:]], 0.0, None)
         got = [step[token].logprob for step, token in zip(result.prompt_logprobs[1:], tokens[1:], strict=True)]
         torch.testing.assert_close(torch.tensor(got).double(), chosen(logits, tokens[1:]), atol=2e-3, rtol=0)
-        (logits,) = expected_logits(reference, tokens, [result.outputs[0].token_ids], 1.0, DistillerConfig())
+        (logits,) = expected_logits(reference, tokens, [result.outputs[0].token_ids], 1.0, DistillerConfig(gate=False))
         got = returned_logprobs(result.outputs[0])
         torch.testing.assert_close(got, chosen(logits, result.outputs[0].token_ids), atol=2e-3, rtol=0)
 
@@ -70,7 +70,7 @@ def test_preemption_and_prefix_cache(qwen3: str, reference: Any, captured: Any) 
     tokens = [list(result.outputs[0].token_ids) for result in results]
     check_rows(captured, reference, {i: (tokenise(prompts[i]), tokens[i]) for i in range(6)})
     for i, result in enumerate(results):  # and the Distillers went on where they were
-        (logits,) = expected_logits(reference, tokenise(prompts[i]), [tokens[i]], 1.0, DistillerConfig())
+        (logits,) = expected_logits(reference, tokenise(prompts[i]), [tokens[i]], 1.0, DistillerConfig(gate=False))
         got = returned_logprobs(result.outputs[0])
         torch.testing.assert_close(got, chosen(logits, tokens[i]), atol=2e-3, rtol=0)
 
@@ -237,6 +237,6 @@ def test_speculative_decoding(qwen3: str, reference: Any, captured: Any) -> None
     check_rows(captured, reference, {i: (tokenise(PROMPTS[i]), tokens[i]) for i in range(3)})
     for i, result in enumerate(results):
         # All rows of a step are predicted before any of them teaches: the first token knows no such step.
-        (logits,) = expected_logits(reference, tokenise(PROMPTS[i]), [tokens[i]], 0.3, DistillerConfig())
+        (logits,) = expected_logits(reference, tokenise(PROMPTS[i]), [tokens[i]], 0.3, DistillerConfig(gate=False))
         got = returned_logprobs(result.outputs[0])
         assert abs(float(got[0]) - float(chosen(logits, tokens[i])[0])) < 2e-3

@@ -44,7 +44,7 @@ def served(request: pytest.FixtureRequest, qwen3: str, tmp_path_factory: pytest.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {"log_interval": 0.2, "default": {"beta": 2.0}}
+    settings = {"log_interval": 0.2, "default": {"beta": 2.0}, "distiller": {"gate": False}}
     command = [
         *(str(Path(sys.executable).parent / "vllm"), "serve", qwen3, "--served-model-name", "tiny"),
         *("--additional-config", json.dumps({"esamp": settings})),
@@ -103,13 +103,13 @@ def test_an_unchanged_client_gets_exploring_samples_with_right_logprobs(served: 
     assert len({choice.text for choice in choices}) > 8
     # Siblings reach the engine one by one: those that came first know nothing of the others.
     tokens = [choice.token_ids for choice in choices]
-    fresh = expected_logits(reference, tokenise("hello"), tokens, 2.0, DistillerConfig())
+    fresh = expected_logits(reference, tokenise("hello"), tokens, 2.0, DistillerConfig(gate=False))
     base = expected_logits(reference, tokenise("hello"), tokens, 2.0, None)
     said = torch.tensor([choice.logprobs.token_logprobs[0] for choice in choices]).double()
     first, plain = (torch.stack([chosen(x, t)[0] for x, t in zip(rows, tokens, strict=True)]) for rows in (fresh, base))
     assert ((said - first).abs() < 2e-3).any() and (said - plain).abs().min() > 2e-3
     (alone,) = ask(served, n=1, temperature=1.0, extra_body={"return_token_ids": True, "ignore_eos": True}).choices
-    (logits,) = expected_logits(reference, tokenise("hello"), [alone.token_ids], 2.0, DistillerConfig())
+    (logits,) = expected_logits(reference, tokenise("hello"), [alone.token_ids], 2.0, DistillerConfig(gate=False))
     got = torch.tensor(alone.logprobs.token_logprobs, dtype=torch.float64)
     torch.testing.assert_close(got, chosen(logits, alone.token_ids), atol=2e-3, rtol=0)
 

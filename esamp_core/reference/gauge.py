@@ -1,0 +1,42 @@
+"""How much better than a constant a Distiller predicts, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esamp_core.base.tensors import Activations, DistillerWeights, Gauge, RowGroups
+from esamp_core.reference.distiller import each_group, row_errors
+
+WINDOW = 32  # steps that the running means remember
+
+
+def gauge_(
+    gauge: Gauge,
+    activations: Activations,
+    target: Tensor,
+    groups: RowGroups,
+    weights: DistillerWeights,
+    scale: Tensor,
+    *,
+    active: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> None:
+    for slot, members in each_group(groups):
+        rows = members if active is None else members[active[members]]
+        if rows.numel() == 0:
+            continue
+        _, deep, error, energy = row_errors(weights, slot, activations, rows, target, scale)
+        steps, mean = gauge.steps[slot], gauge.mean[slot]
+        loss = (error.square().sum(-1) / energy[:, 0]).mean()
+        constant = ((deep - mean).square().sum(-1) / energy[:, 0]).mean()
+        if not bool(torch.isfinite(loss) & torch.isfinite(constant)):
+            continue
+        if steps > 0:  # the first step has nothing to compare with
+            share = (1 / steps.to(deep.dtype)).clamp_min(1 / WINDOW)
+            for running, value in ((gauge.error, loss), (gauge.baseline, constant)):
+                before = torch.where(steps == 1, value, running[slot])
+                running[slot] = before + (value - before) * share
+            gauge.trust[slot] = (1 - gauge.error[slot] / gauge.baseline[slot]).clamp_min(0).nan_to_num(0.0)
+        gauge.mean[slot] = mean + (deep.mean(0) - mean) / (steps + 1)
+        gauge.steps[slot] = steps + 1
