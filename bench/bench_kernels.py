@@ -124,7 +124,7 @@ def measure(
             values |= {"peak_bytes": peak_bytes(calls[name][0])}
         row(name, **values)
     if device == "cuda" and whole in prepared:
-        for kernel, microseconds in kernel_times(prepared, clock, (whole, "distiller_step_", "mix")).items():
+        for kernel, microseconds in kernel_times(prepared, clock, (whole, "distiller_step_", "gauge_", "mix")).items():
             scan = {"bytes": case.scan_bytes} if sampling and kernel == "_block_max_kernel" else {}
             row(f"kernel {kernel}", microseconds=round(microseconds, 3), **scan)
     return rows

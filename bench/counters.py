@@ -28,7 +28,7 @@ SECTIONS = (
     "SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "InstructionStats",
     "MemoryWorkloadAnalysis", "SourceCounters",
 )  # fmt: skip
-CALLS = {SamplingCase: ("explore",), DistillerCase: ("distiller_forward", "distiller_step_")}
+CALLS = {SamplingCase: ("explore",), DistillerCase: ("distiller_forward", "gauge_", "distiller_step_")}
 SCAN = "_block_max_kernel"
 
 

@@ -20,6 +20,7 @@ from esamp_core.sample import (
     distiller_step_,
     draw,
     explore,
+    gauge_,
     group_rows,
     reweight,
     score_candidates,
@@ -81,7 +82,7 @@ class DistillerInputs:
         bank = DistillerBank(hidden, self.config, case.slots, "error", torch.device(device))
         for slot in range(case.slots):
             bank.reset(slot, slot)
-        self.state, self.scale = bank.state, bank.scale
+        self.state, self.scale, self._gauge = bank.state, bank.scale, bank.gauge
         self.state.weights.down.normal_(0, 0.02, generator=g)
         self.shallow = torch.randn(rows, hidden, generator=g, device=device)
         self.target = torch.randn(rows, hidden, generator=g, device=device)
@@ -97,6 +98,9 @@ class DistillerInputs:
 
     def step(self) -> None:
         distiller_step_(self.state, self.saved, self.target, self.groups, self.scale, self.config)
+
+    def gauge(self) -> None:
+        gauge_(self._gauge, self.saved, self.target, self.groups, self.state.weights, self.scale)
 
     def mix(self) -> sample.Mixed:
         return sample.mix(self.deep, self.saved, self.groups, self.state.weights, self.scale, self.beta)
@@ -123,11 +127,13 @@ def distiller_ops(case: DistillerCase, device: str) -> tuple[dict[str, list[Call
     costs = {
         "distiller_forward": (case.weight_bytes + 2.0 * states, float(case.forward_flops)),
         "distiller_step_": (2.0 * case.weight_bytes + 3.0 * states, float(case.step_flops)),
+        "gauge_": (norms * 2.0 + 2.0 * states, 0.0),  # y and targets; norms and means, which are written too
         "mix": (norms + 2.0 * states, 0.0),  # y, and deep read and written in bfloat16
     }
     calls: dict[str, list[Call]] = {
         "distiller_forward": [i.forward for i in inputs],
         "distiller_step_": [i.step for i in inputs],
+        "gauge_": [i.gauge for i in inputs],
         "mix": [i.mix for i in inputs],
         "peer torch mix": [i.peer_mix for i in inputs],
         "peer per_row forward": [i.peer_forward for i in inputs],

@@ -188,11 +188,15 @@ def arguments(device: str) -> dict[str, tuple[object, ...]]:
             list(state.weights), list(state.momentum), state.seed, columns, list(saved), weight, token_ids, center, 0.4,
             *groups, scale, active, [0.01] * 6, 0.5, 1.0, scratch,
         ),
+        "gauge": (
+            [torch.zeros_like(state.weights.norm_bias), *(t.clone() for t in (state.updates, *(state.loss,) * 3))],
+            list(saved), shallow, *groups, list(state.weights), scale, active, scratch,
+        ),
     }  # fmt: skip
 
 
 @pytest.mark.traced
-@pytest.mark.parametrize("name", ["forward", "norm", "mix", "step"])
+@pytest.mark.parametrize("name", ["forward", "norm", "mix", "step", "gauge"])
 def test_opcheck(arguments: dict[str, tuple[object, ...]], name: str) -> None:
     """Among them: what an op does not say it writes, it does not write."""
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

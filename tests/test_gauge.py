@@ -61,14 +61,18 @@ class Case:
 
     def run(
         self, op: Any, device: str, steps: int = 4, active: Tensor | None = None,
-        given: Callable[[Tensor], Tensor] = Tensor.float,
+        given: Callable[[Tensor], Tensor] = Tensor.float, scratch: float | None = None,
     ) -> Gauge:  # fmt: skip
+        """scratch: what the memory given for it is full of; None lets the op make its own."""
         gauge, weights = to(device, fresh(self.slots, self.hidden), narrow(self.weights))
         groups, scale, mask = to(device, self.groups, self.scale.float(), active)
+        memory = None if scratch is None else triton_distiller.distiller_scratch(weights, len(self.slot))
         for number in range(steps):
             saved, deep = self.inputs(number)
             saved = to(device, narrow(saved))[0]
-            op(gauge, saved, given(deep.to(device)), groups, weights, scale, active=mask)
+            if memory is not None:
+                memory.fill_(scratch)
+            op(gauge, saved, given(deep.to(device)), groups, weights, scale, active=mask, scratch=memory)
         return to("cpu", gauge)[0]
 
     def expected(self, slot: int, steps: int = 4, active: Tensor | None = None) -> Gate | None:
@@ -138,6 +142,13 @@ def test_inputs_of_any_kind(given: Callable[[Tensor], Tensor], device: str) -> N
     got, want = (case.run(op, device, given=given) for op in (OPS["triton"], OPS["torch"]))
     for name, a, b in zip(Gauge._fields, got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=ERROR, atol=ERROR * float(b.double().norm()), msg=name)
+
+
+def test_memory_full_of_nan_gives_the_same_bits(device: str) -> None:
+    case, active = Case(torch.tensor([0, 1, -1, 1, 0, 1]), 40, 2, seed=9), torch.arange(6) != 3
+    fresh_memory = case.run(OPS["triton"], device, active=active)
+    assert equal_bits(fresh_memory, case.run(OPS["triton"], device, active=active, scratch=math.nan))
+    assert equal_bits(fresh_memory, case.run(OPS["triton"], device, active=active, scratch=1e9))
 
 
 @pytest.mark.parametrize("backend", OPS)

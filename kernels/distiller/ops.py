@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.kernels.distiller.forward import distiller_forward_triton, distiller_norm_triton, forward_scratch
-from esamp_core.kernels.distiller.gauge import gauge_triton
+from esamp_core.kernels.distiller.gauge import gauge_scratch, gauge_triton
 from esamp_core.kernels.distiller.mix import mix_triton
 from esamp_core.kernels.distiller.scratch import room
 from esamp_core.kernels.distiller.step import distiller_step_triton, step_scratch
@@ -25,10 +25,10 @@ def config_of(up: Tensor) -> Config:
 
 
 def scratch_size(rows: int, up: Tensor) -> int:
-    """float32 numbers that both ops need for so many rows; up: A [S, H, r].  The ops use the same ones."""
+    """float32 numbers that an op needs for so many rows, at most; up: A [S, H, r].  The ops use the same ones."""
     (slots, hidden, rank), config = up.shape, config_of(up)
     step = step_scratch(rows, min(rows, slots), hidden, rank, config)
-    return max(room(forward_scratch(rows, hidden, rank, config)), room(step))
+    return max(room(forward_scratch(rows, hidden, rank, config)), room(gauge_scratch(rows)), room(step))
 
 
 @torch.library.custom_op("esamp::distiller_forward", mutates_args=("out", "scratch"))
