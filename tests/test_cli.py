@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor
 
-from esamp_core import cli
+from esamp_core import cli, countdown
 from esamp_core.sample import Draw, Explorer, Rows, Status
 
 
@@ -109,6 +109,21 @@ def test_generate_writes_one_line_per_sample(tmp_path: Path, esamp: Esamp) -> No
     assert drawn == {(e["prompt_index"], e["sample_index"]): e["token_ids"] for e in entries}
     piped = esamp("generate", "-n", "3", "--seed", "1", stdin="3 7 3 5 -> 41 :\n1 2 3 4 -> 24 :\n")
     assert sorted(piped.stdout.splitlines()) == sorted(out.read_text(encoding="utf-8").splitlines())
+
+
+def test_a_start_explores_from_the_first_token(esamp: Esamp) -> None:
+    """A fresh Distiller is not listened to yet; without the gate it is, and neutral novelty is another."""
+
+    def novelty(*options: str) -> list[float]:
+        run = esamp("generate", "3 7 3 5 -> 41 :", "-n", "2", "--seed", "1", "--max-new-tokens", "4", *options)
+        assert run.returncode == 0, run.stderr
+        return [json.loads(line)["novelty"][0] for line in run.stdout.splitlines()]
+
+    start = str(countdown.DISTILLER)
+    plain, started, neutral = novelty(), novelty("--start", start), novelty("--start", start, "--neutral")
+    assert plain == [0.0, 0.0] and all(started) and all(novelty("--no-gate")) and started != neutral
+    other = esamp("generate", "3 7 3 5 -> 41 :", "--start", start, "--rank", "8")
+    assert other.returncode == 2 and "start must be for H=128 and rank=8" in other.stderr
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, esamp: Esamp) -> None:
