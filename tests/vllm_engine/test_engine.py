@@ -171,7 +171,8 @@ def test_a_default_for_requests_that_do_not_say(
     if switch == "settings":
         llm = make_llm(qwen3, {"default": {"beta": 2.0}})
     else:
-        monkeypatch.setenv("ESAMP_VLLM", "1" if switch == "environment" else '{"default": true, "beta": 2.0}')
+        settings = '{"default": true, "beta": 2.0, "distiller": {"gate": false}}'
+        monkeypatch.setenv("ESAMP_VLLM", "1" if switch == "environment" else settings)
         llm = make_llm(qwen3)
     assert mixer().config.default is not None and mixer().explorer is not None
     sampling = [params(i, n=1 + 2 * (i % 3 == 0)) for i in range(COUNT)]
@@ -179,7 +180,7 @@ def test_a_default_for_requests_that_do_not_say(
     outputs = generate(llm, sampling)
     changed = {i for i in range(COUNT) if outputs[i] != untouched[i]}
     assert changed <= {i for i in range(COUNT) if i % 3 != 1 and i != 2}
-    assert len(changed) >= 3  # short ones may be the same
+    assert len(changed) >= 3 or switch == "environment"  # short ones may be the same, and all while the gate is shut
     assert len(captured) == sum(len(s) for i in range(COUNT) if i % 3 != 1 and i != 2 for s in outputs[i])
 
 
