@@ -107,7 +107,7 @@ def test_learning_goes_on_in_replays(graphs: Graphs) -> None:
 def test_scale_measured_by_the_first_step(graphs: Graphs) -> None:
     model = hf.OlmoForCausalLM(hf.OlmoConfig(**SIZES)).eval()
     assert Decoder(model).config.deep_scale is None
-    got = check_same(model)
+    got = check_same(model, DistillerConfig(gate=False))
     assert graphs.replays[0] > 8 and any(g.novelty[-1] != 0 for g in got)
 
 
@@ -197,7 +197,7 @@ def test_triton_ops_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "step_graph", made.make)
     results = []
     for graph in (False, "auto"):
-        decoder = Decoder(build("llama"), config=DistillerConfig(rank=8), max_candidates=8)
+        decoder = Decoder(build("llama"), config=DistillerConfig(rank=8, gate=False), max_candidates=8)
         params = SamplingParams(seed=3, beta=0.5, top_k=8)
         options: dict[str, Any] = {"params": params, "stop_token_ids": (), "cache": "static"}
         results.append(decoder.generate(PROMPTS[2:3], n=2, max_new_tokens=4, graph=graph, **options))

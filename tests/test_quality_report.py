@@ -180,7 +180,7 @@ def test_a_browser_shows_it_on_a_phone_without_scrolling_sideways(tmp_path: Path
 
 def test_generate_writes_a_run_that_report_shows(tmp_path: Path) -> None:
     run, out = tmp_path / "run.json", tmp_path / "page.html"
-    command = ["generate", "3 7 3 5 -> 41 :", "-n", "3", "--max-new-tokens", "6", "--seed", "1"]
+    command = ["generate", "3 7 3 5 -> 41 :", "-n", "3", "--max-new-tokens", "6", "--seed", "1", "--no-gate"]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "o.jsonl"), "--run-json", str(run)])
     assert result.exit_code == 0, result.output
     samples = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
