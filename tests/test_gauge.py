@@ -278,6 +278,20 @@ def test_a_saved_group_is_trusted_as_before(tmp_path: Any) -> None:
     assert other.stats()["a"][1:] == explorer.stats()["a"][1:] and other.stats()["a"].trust > 0.1
 
 
+def test_a_state_without_a_gauge_is_refused() -> None:
+    """A gated bank would not know whether to trust it; the other way round what was judged is left out."""
+    gated, ungated = (make(DistillerConfig(rank=4, deep_scale=1.0, gate=gate)) for gate in (True, False))
+    for explorer in (gated, ungated):
+        explorer.close(explorer.open(["a"], PARAMS, retain=True))
+    with pytest.raises(
+        ArgumentError, match=r"state must hold gauge.baseline, .*gauge.trust, got one saved with gate=False"
+    ):
+        make(DistillerConfig(rank=4, deep_scale=1.0)).load_state_dict(ungated.state_dict())
+    other = make(DistillerConfig(rank=4, deep_scale=1.0, gate=False))
+    other.load_state_dict(gated.state_dict())
+    assert set(other.stats()) == {"a"}
+
+
 def test_frozen_and_unjudged_would_never_explore() -> None:
     with pytest.raises(ArgumentError, match="gate must be False where lr is 0"):
         make(DistillerConfig(rank=4, lr=0.0))

@@ -184,6 +184,8 @@ class DistillerBank:
         shape = ("rank", "target", "weight_dtype")
         if any(mine[k] != theirs[k] for k in shape) or (mine["momentum"] > 0) != (theirs["momentum"] > 0):
             raise ArgumentError(f"state must fit config {mine}, got one saved with {theirs}")
+        if missing := sorted(self._named_tensors().keys() - saved["tensors"].keys()):
+            raise ArgumentError(f"state must hold {', '.join(missing)}, got one saved with gate={theirs.get('gate')}")
         for name, tensor in self._named_tensors().items():
             got = saved["tensors"][name]
             if got.shape[1:] != tensor.shape[1:]:
