@@ -4,7 +4,8 @@
 
 Random-weight Qwen2 models of real shapes, built on the device in bfloat16; P prompts of 64 tokens, n samples each, up
 to 256 new tokens.  Rows end unevenly: every step ends a row with a probability of about 1 / 512.  The variants run by
-turns; a ratio is the median over rounds of one's time per step over another's, prefill included.  Distiller updates are
+turns; a ratio is the median over rounds of one's time per step over another's, prefill included.  Ours also run to a
+quarter of the length: the difference is what a step costs, and the rest what a call does.  Distiller updates are
 counted: a run with exploration that made none is an error.
 
 First on and off of every case, then, with --peers, transformers beside on: its static cache is compiled, which takes
@@ -228,20 +229,28 @@ def measure_case(
     works = {name: work for name, work in variants.all().items() if name in which}
     for work in works.values():
         work(0, min(WARM_TOKENS, case.new_tokens))
-    names = list(works)
+    names, short = list(works), case.new_tokens // 4
     runs: dict[str, list[Run]] = {name: [] for name in names}
+    cut: dict[str, list[Run]] = {name: [] for name in names if name in OURS and which == OURS and short}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             runs[name].append(timed(functools.partial(works[name], i + 1), device))
+            if name in cut:
+                cut[name].append(timed(functools.partial(works[name], i + 1, short), device))
     if any(run.updates == 0 for run in runs["on"]):
         raise RuntimeError(f"{case.name}: exploration was on and no Distiller was updated")
     steps = {name: [run.seconds / run.steps for run in done] for name, done in runs.items()}
+    slopes = {name: [slope(a, b) for a, b in zip(runs[name], done, strict=True)] for name, done in cut.items()}
     rows = []
     for name, done in runs.items():
         row: dict[str, Any] = {"name": f"{case.name}: {name}", "case": case.name, "op": name}
         row |= {"model": case.model.name, "prompts": case.prompts, "samples": case.samples}
         row |= {"R": case.prompts * case.samples, "graph": GRAPH}
         row |= {"milliseconds": round(median(steps[name]) * 1e3, 4), "spread": round(spread(steps[name]), 4)}
+        if name in slopes:
+            calls = [run.seconds - s * run.steps for run, s in zip(done, slopes[name], strict=True)]
+            row |= {"step_milliseconds": round(median(slopes[name]) * 1e3, 4)}
+            row |= {"call_milliseconds": round(median(calls) * 1e3, 1)}
         row |= {"tokens_per_s": round(median([run.tokens / run.seconds for run in done]), 1)}
         lengths = sorted(n for run in done for n in run.lengths)
         row |= {"lengths": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]}
@@ -251,6 +260,8 @@ def measure_case(
         if name == "on":
             # Speed relative to the other: below 1 exploration costs something.
             row |= {"ratio": round(median_ratio(steps["off"], steps["on"]), 4)}
+            if slopes:
+                row |= {"step_ratio": round(median_ratio(slopes["off"], slopes["on"]), 4)}
             if case.target is not None:
                 row |= {"target": case.target}
         elif name == "transformers":
@@ -261,6 +272,11 @@ def measure_case(
             row |= {"timeline": profile(functools.partial(variants.explored, 1, beta, min(32, case.new_tokens)))}
         rows.append(row)
     return rows
+
+
+def slope(long: Run, short: Run) -> float:
+    """Seconds of a step, what is once per call taken out."""
+    return (long.seconds - short.seconds) / max(1, long.steps - short.steps)
 
 
 def profile(work: Callable[[], object]) -> dict[str, float]:
@@ -309,12 +325,15 @@ def run(
 
 def short_table(body: dict[str, Any]) -> str:
     lines = [] if (why := unproven(body)) is None else [f"UNPROVEN: {why}"]
-    lines.append(f"{'case':36} {'ms/step':>8} {'tokens/s':>10} {'ratio':>7} {'target':>7} {'updates':>8}")
+    shown_as = {
+        "milliseconds": "ms/step", "step_milliseconds": "a step", "call_milliseconds": "a call",
+        "tokens_per_s": "tokens/s", "ratio": "ratio", "step_ratio": "of steps", "target": "target",
+    }  # fmt: skip
+    lines.append(f"{'case':36} {' '.join(f'{title:>9}' for title in shown_as.values())} {'updates':>8}")
     for row in body["cases"]:
-        numbers = [row.get(k) for k in ("milliseconds", "tokens_per_s", "ratio", "target")]
-        shown = ["-" if n is None else f"{n:.3f}" for n in numbers]
+        shown = ["-" if row.get(k) is None else f"{row[k]:.3f}" for k in shown_as]
         tail = row.get("failed") or row["updates"]
-        lines.append(f"{row['name']:36} {shown[0]:>8} {shown[1]:>10} {shown[2]:>7} {shown[3]:>7} {tail:>8}")
+        lines.append(f"{row['name']:36} {' '.join(f'{text:>9}' for text in shown)} {tail:>8}")
         if row.get("timeline"):
             lines.append("    " + ", ".join(f"{k} {v:.0f}" for k, v in row["timeline"].items()))
     return "\n".join(lines)

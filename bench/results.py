@@ -26,6 +26,9 @@ RESULTS = ROOT / "bench" / "results"
 TIMES = (
     "microseconds",
     "milliseconds",
+    "step_milliseconds",
+    "call_milliseconds",
+    "step_ratio",
     "seconds",
     "spread",
     "ratio",

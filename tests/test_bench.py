@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from bench import bench_cpu, compare, plot, table
-from bench.bench_decode import CASES, DRY_MODEL, QWEN_0_5B, QWEN_1_5B, QWEN_7B, DecodeCase, build_model, stop_tokens
+from bench.bench_decode import (
+    CASES,
+    DRY_MODEL,
+    QWEN_0_5B,
+    QWEN_1_5B,
+    QWEN_7B,
+    DecodeCase,
+    Run,
+    build_model,
+    slope,
+    stop_tokens,
+)
 from bench.bench_decode import run as run_decode
 from bench.bench_kernels import dry_cases, faults
 from bench.bench_kernels import run as run_kernels
@@ -175,6 +186,14 @@ def test_no_update_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.Variants, "all", lambda self: dict.fromkeys(("on", "off"), lambda *_: ([3], 0)))
     with pytest.raises(RuntimeError, match="no Distiller was updated"):
         module.measure_case(case, build_model(DRY_MODEL, "cpu", torch.float32), "cpu", 1)
+
+
+def test_a_step_without_what_a_call_costs() -> None:
+    def run(steps: int) -> Run:
+        return Run(0.05 + 0.002 * steps, steps, 0, [steps], 0, 0)
+
+    assert slope(run(100), run(25)) == pytest.approx(0.002)
+    assert slope(run(1), run(1)) == 0.0
 
 
 def test_breakdown_by_hand() -> None:
