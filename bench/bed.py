@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,10 @@ from bench import bed_table
 from bench.bed_model import NAME, converted
 from bench.bed_tasks import WORK, Item, Work
 from bench.learning_rule import Recipe, constant_errors, record_prompts, relearn
+from bench.passk import show, write_whole
 from bench.quality_decode import Batch, Sampler, decode, request_seeds
 from bench.quality_plan import BASE, esamp
-from bench.quality_table import grid, write_between
+from bench.quality_table import grid
 from bench.quality_tasks import Pool, Source, load_source
 from bench.results import RESULTS, ROOT, commit, load, report
 from bench.samplers import Explored, Filter, Plain, by_name
@@ -186,10 +187,8 @@ def _start_worker(out: str, device: str, threads: int) -> None:
 
 def _work(job: tuple[Unit, str]) -> str:
     unit, out = job
-    path = Path(out) / "runs" / unit.file
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(run_unit(_worker["bed"], _worker["samplers"][unit.sampler], unit)), encoding="utf-8")
-    partial.replace(path)
+    result = run_unit(_worker["bed"], _worker["samplers"][unit.sampler], unit)
+    write_whole(Path(out) / "runs" / unit.file, result)
     return unit.file
 
 
@@ -268,9 +267,7 @@ def rates(
             rows.append([work.name, name, *cells])
     head = ["work", "predicted by", *(f"steps {a + 1}-{b}" for a, b in windows)]
     caption = f"3 prompts of 16 siblings each, until 200 tokens; commit {commit()}, torch {torch.__version__}."
-    text = f"{caption}\n\n{grid(head, rows)}"
-    show: Callable[[str], None] = print if doc is None else lambda t: write_between(doc, "bed-rates", t)
-    show(text)
+    show(f"{caption}\n\n{grid(head, rows)}", doc, "bed-rates")
 
 
 @app.command()
@@ -292,9 +289,7 @@ def table(
 ) -> None:
     """Print the tables of a packed run."""
     found = results or max(RESULTS.glob("bed-*.json"))
-    text = bed_table.markdown(load(found)["cases"])
-    show: Callable[[str], None] = print if doc is None else lambda t: bed_table.write(doc, t)
-    show(text)
+    show(bed_table.markdown(load(found)["cases"]), doc, "bed-table")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.quality_table import grid, write_between
+from bench.quality_table import grid
 from esamp_core.report.metrics import paired_bootstrap, pass_at_k
 
 REFERENCE = "min-p .05"
-MARK = "bed-table"
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], float], str]  # title, a number of an item, its format
 
@@ -140,7 +139,3 @@ def markdown(runs: Sequence[Record]) -> str:
     rows.append([f"Pass@1 of {REFERENCE}", *(f"{chance:.1f}" for chance in chances)])
     parts += ["**Pass@16, % of each kind of work:**", grid(["sampler", *works], rows)]
     return "\n\n".join(parts)
-
-
-def write(doc: Path, text: str) -> None:
-    write_between(doc, MARK, text)

@@ -159,7 +159,11 @@ def _start_worker(model: str, task: str, study: str, device: str) -> None:
 def _work(job: tuple[Unit, str]) -> None:
     unit, out = job
     result = run_unit(_worker["source"], _worker["task"], _worker["samplers"][unit.sampler], unit)
-    path = Path(out) / unit.file
+    write_whole(Path(out) / unit.file, result)
+
+
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """As JSON, in one move: an interrupted run leaves no half of a file under this name."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(result), encoding="utf-8")
     partial.replace(path)

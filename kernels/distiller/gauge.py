@@ -1,9 +1,12 @@
 """gauge: how much better than a constant each slot's Distiller predicts; two launches, before the step.
 
-    compare   grid (rows)     relative squared errors of the prediction and of the constant, the mean of earlier targets
-    judge     grid (groups)   their running means, trust = 1 - error / baseline where that is positive, and the new mean
+    compare   grid (rows)               relative squared errors of the prediction and of the constant, the mean of
+                                        earlier targets
+    judge     grid (groups, parts of H) the new mean; by a group's first program the errors' running means, and trust =
+                                        1 - error / baseline where that is positive
 
-A step whose errors are not finite changes nothing.  Sums over rows are taken in their group's order.
+A step whose errors are not finite changes nothing.  Sums over rows are taken in their group's order.  Compare alone
+reads the count of steps, and leaves it to each row: judge's first program writes it, and the others must not read it.
 """
 
 from collections.abc import Sequence
