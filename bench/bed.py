@@ -31,10 +31,10 @@ from bench.quality_plan import BASE, esamp
 from bench.quality_table import grid
 from bench.quality_tasks import Pool, Source, load_source
 from bench.results import RESULTS, ROOT, commit, load, report
-from bench.samplers import Explored, Filter, Plain, by_name
+from bench.samplers import Explored, Filter, Plain, by_name, forget
 from esamp_core.base.environment import installed, machine
 from esamp_core.report.metrics import distinct_n
-from esamp_core.sample import DistillerConfig, SamplingParams
+from esamp_core.sample import PRESETS, DistillerConfig, SamplingParams
 
 OUT = ROOT / "bench" / "out" / "bed"
 START = "start.safetensors"  # calibrated, in the run's folder
@@ -45,7 +45,7 @@ BASE_PARAMS = SamplingParams(min_p=0.05)
 
 
 def samplers(start: str) -> dict[str, Sampler]:
-    """Baselines, controls, the library's default, and what a calibrated start (its file) makes of it."""
+    """Baselines, controls, the library's default, what a calibrated start (its file) makes of it, and the presets."""
 
     def explored(
         name: str, beta: float, config: DistillerConfig, stratified: bool = False, **options: bool
@@ -53,10 +53,15 @@ def samplers(start: str) -> dict[str, Sampler]:
         return Explored(name, replace(BASE_PARAMS, beta=beta, stratified=stratified), config, **options)
 
     fresh, calibrated = DistillerConfig(), DistillerConfig(start=start)
+    paper, release = PRESETS["paper"], PRESETS["release"]
     return by_name([
         Plain("min-p .05", BASE),
         Plain("vanilla", Filter()),
         Plain("T 1.3, min-p .05", Filter(temperature=1.3, min_p=0.05)),
+        Plain("first token at T 4 (FIRE), min-p .05", replace(BASE, first_temperature=4.0)),
+        Plain("top-n-sigma 1", Filter(top_n_sigma=1.0)),
+        Plain("p-less", Filter(p_less=True)),
+        Plain("top-H .4", Filter(top_h=0.4)),
         Plain("stratified", BASE, arithmetic=True),
         Plain("control: sharpened 1.25", Filter(min_p=0.05, sharpen=1.25)),
         esamp(0.25, "control: random direction", random=True),
@@ -71,6 +76,10 @@ def samplers(start: str) -> dict[str, Sampler]:
         explored("calibrated, neutral, .5", 0.5, calibrated, neutral=True),
         explored("stratified, default, .25", 0.25, fresh, stratified=True),
         explored("stratified, calibrated, neutral, .5", 0.5, calibrated, stratified=True, neutral=True),
+        Explored("preset paper", paper.params, paper.config, shared=paper.one_for_all),
+        Explored("preset paper, one for each prompt", paper.params, paper.config),
+        explored("recipe paper, one for each prompt, min-p .05, .25", 0.25, paper.config),
+        Explored("preset release", release.params, release.config, shared=release.one_for_all),
     ])  # fmt: skip
 
 
@@ -128,6 +137,7 @@ def run_unit(bed: Bed, sampler: Sampler, unit: Unit) -> dict[str, Any]:
     work = next(work for work in WORK if work.name == unit.work)
     items, source, start = work.pool(unit.pool, unit.items), bed.source_of(work), time.perf_counter()
     records, at_a_time = [], max(1, ROWS // SIBLINGS)
+    forget()  # or a Distiller would bring what it learned in the units that this worker happened to run before
     for first in range(0, len(items), at_a_time):
         part = items[first : first + at_a_time]
         prompts = [bed.encode(work, item) for item in part]

@@ -32,7 +32,9 @@ class Filter:
     """Which tokens can be drawn, and with which logits.  Order as in transformers; None, 0 and 1 are off.
 
     first_temperature: of the first token alone (FIRE).  top_n_sigma: keep logits within n standard deviations of the
-    largest (Tang et al. 2024, arXiv 2411.07641).  sharpen: factor on what the filters left.
+    largest (Tang et al. 2024, arXiv 2411.07641).  p_less: keep tokens at least as likely as two draws are to be equal
+    (Tan et al. 2025, arXiv 2509.23234).  top_h: keep the most likely tokens as long as their entropy is at most this
+    share of that of all (Potraghloo et al. 2025, arXiv 2509.02510).  sharpen: factor on what the filters left.
     """
 
     temperature: float = 1.0
@@ -41,6 +43,8 @@ class Filter:
     top_p: float = 1.0
     min_p: float = 0.0
     top_n_sigma: float | None = None
+    p_less: bool = False
+    top_h: float | None = None
     sharpen: float = 1.0
 
     def warpers(self, first: bool) -> LogitsProcessorList:
@@ -62,7 +66,25 @@ class Filter:
             floor = logits.max(-1, keepdim=True).values - self.top_n_sigma * logits.std(-1, keepdim=True)
             scores = scores.masked_fill(scores < floor, -torch.inf)
         empty = torch.zeros(len(scores), 0, dtype=torch.long)  # none of these warpers looks at the tokens
-        return self.warpers(first)(empty, scores) * self.sharpen
+        scores = self.warpers(first)(empty, scores)
+        if self.p_less:
+            chances = scores.softmax(-1)
+            scores = scores.masked_fill(chances < chances.square().sum(-1, keepdim=True), -torch.inf)
+        if self.top_h is not None:
+            scores = scores.masked_fill(~within_entropy(scores.softmax(-1), self.top_h), -torch.inf)
+        return scores * self.sharpen
+
+
+def within_entropy(chances: Tensor, share: float, most: int = 1024) -> Tensor:
+    """bool [R, V]: the most likely tokens of chances [R, V], as long as their entropy is at most this share of that of
+    all; at least one, and at most so many."""
+    entropy = -torch.xlogy(chances, chances).sum(-1, keepdim=True)
+    ranked, order = chances.topk(min(most, chances.shape[-1]))
+    mass = ranked.cumsum(-1)
+    so_far = mass.log() - torch.xlogy(ranked, ranked).cumsum(-1) / mass  # of the first so many, renormalised
+    inside = (so_far <= share * entropy).int().cummin(-1).values.bool()
+    inside[:, 0] = True
+    return torch.zeros_like(chances, dtype=torch.bool).scatter(-1, order, inside)
 
 
 class GumbelDraw:
@@ -172,7 +194,8 @@ class PlainRun:
 class Explored:
     """The library's Explorer: ESamp, the choice-Distiller, and with lr 0 the untrained control.
 
-    shared: one Distiller for all prompts, of a batch and of those that come after, instead of one for each.
+    shared: one Distiller for all prompts, of a batch and of those that come after until :func:`forget`, instead of one
+    for each.
     """
 
     name: str
@@ -232,6 +255,11 @@ class ExploredRun:
 
 
 _kept: dict[tuple[Explored, str], Explorer] = {}  # whose Distiller goes on, by sampler and model
+
+
+def forget() -> None:
+    """Distillers that are shared start afresh."""
+    _kept.clear()
 
 
 def by_name(samplers: list[Sampler]) -> dict[str, Sampler]:

@@ -76,6 +76,7 @@ def explore(
         seed + i, as in ``Decoder.generate``; without a seed a fresh one is drawn from torch's generator.
     groups: one per row, rows * num_return_sequences of them; equal ones share a Distiller.  Default: rows with the same
         token ids, so the samples of one prompt, however it came to be repeated.  None: ``generate`` draws that row.
+        With an explorer of yours the Distillers of named groups go on from one ``generate`` to the next.
         Groups take the place of prompts in ``params`` and seeds.
     config: the Distillers'.  Default ``DistillerConfig()``, with ``deep_scale`` read from the model's final norm.
     filter_order, max_candidates: see ``select_candidates``.
@@ -131,8 +132,8 @@ class Exploration(ModelContext):
         neutral: bool,
         explorer: Explorer | None,
     ) -> None:
-        super().__init__(parts, PassiveTaps(parts, self._predict_early), explorer)
-        self._base, self._params, self._groups, self._config = base, params, groups, config
+        super().__init__(parts, PassiveTaps(parts, self._predict_early), groups, explorer)
+        self._base, self._params, self._config = base, params, config
         self._filter_order, self._max_candidates, self._neutral = filter_order, max_candidates, neutral
         self.logits_processor: list[Any] = [_Processor(self)]
         """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
@@ -234,6 +235,7 @@ class Exploration(ModelContext):
             params,
             sample_index=[next(counters[group]) for group in groups],
             sets=groups,
+            retain=self._retains,
         )
         rows.active.logical_and_(~skips)
         self.explorer = explorer

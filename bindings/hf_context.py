@@ -21,9 +21,12 @@ _explored: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class ModelContext:
     """A model that is tapped while the context is entered, by one at a time."""
 
-    def __init__(self, parts: ModelParts, taps: ForeignTaps, explorer: Explorer | None) -> None:
-        self._parts, self._taps = parts, taps
+    def __init__(
+        self, parts: ModelParts, taps: ForeignTaps, groups: Sequence[Hashable | None] | None, explorer: Explorer | None
+    ) -> None:
+        self._parts, self._taps, self._groups = parts, taps, groups
         self._given = explorer
+        self._retains = groups is not None and explorer is not None  # else names mean nothing after a generate
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest ``generate``."""
         self._entered = self._used = False

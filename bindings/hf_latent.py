@@ -40,8 +40,8 @@ class LatentExploration(ModelContext):
         config: DistillerConfig,
         explorer: Explorer | None,
     ) -> None:
-        super().__init__(parts, MixingTaps(parts, self._predict, self._mix), explorer)
-        self._params, self._groups, self._config = SamplingParams(beta=beta), groups, config
+        super().__init__(parts, MixingTaps(parts, self._predict, self._mix), groups, explorer)
+        self._params, self._config = SamplingParams(beta=beta), config
         self._run: _Run | None = None
         self._step = False  # whether the forward that runs is one
 
@@ -109,7 +109,9 @@ class LatentExploration(ModelContext):
             device=self._parts.device,
         )
         # Rows with beta 0 do not use what a Distiller has learned.
-        rows = explorer.open([None] * len(groups) if self._params.beta == 0 else groups, self._params)
+        rows = explorer.open(
+            [None] * len(groups) if self._params.beta == 0 else groups, self._params, retain=self._retains
+        )
         self.explorer = explorer
         self._run = _Run(call.generation_config, explorer, rows, groups, call.known_loop)
         return self._run

@@ -13,6 +13,7 @@ from esamp_core.base.errors import (
     StateError,
     UnsupportedModelError,
 )
+from esamp_core.base.presets import PRESETS, Preset
 from esamp_core.base.seeds import row_seeds, stratified_codes
 from esamp_core.base.tensors import (
     Activations,
@@ -48,6 +49,7 @@ from esamp_core.ops import (
 )
 
 __all__ = [
+    "PRESETS",
     "Activations",
     "ArgumentError",
     "Candidates",
@@ -63,6 +65,7 @@ __all__ = [
     "GroupStats",
     "Head",
     "Mixed",
+    "Preset",
     "Reweighted",
     "RowGroups",
     "RowParams",

@@ -63,6 +63,8 @@ CONFIGS = {
     "bfloat16": DistillerConfig(rank=4, deep_scale=1.0, weight_dtype=torch.bfloat16),
     "choice": DistillerConfig(rank=4, target="choice"),
     "frozen": DistillerConfig(rank=4, deep_scale=1.0, lr=0.0, gate=False),
+    "paper": DistillerConfig(recipe="paper", rank=4, gate=False),
+    "release": DistillerConfig(recipe="release", rank=4, gate=False),
 }
 
 

@@ -12,6 +12,7 @@ from esamp_core.base.checks import is_int, is_real, require
 FilterOrder = Literal["transformers", "vllm"]
 FILTER_ORDERS: tuple[FilterOrder, ...] = ("transformers", "vllm")
 Apply = Literal["candidates", "latent"]
+Recipe = Literal["default", "paper", "release"]
 
 # Below this, logits / temperature loses its meaning in float32; 0 means greedy and is exact.
 MIN_TEMPERATURE = 1e-3
@@ -88,7 +89,9 @@ class OptionalRate:
         if config is None:
             return None
         given: float | None = vars(config)["_lr"]
-        return given if given is not None else 0.1 if config.start is None else 0.03
+        if given is not None:
+            return given
+        return {"default": 0.1 if config.start is None else 0.03, "paper": 4e-4, "release": 1e-3}[config.recipe]
 
     def __set__(self, config: DistillerConfig, value: float | None) -> None:
         vars(config)["_lr"] = value
@@ -101,7 +104,7 @@ class DistillerConfig:
     rank: r, width of the gated bottleneck. Default 64.
     lr: scale-free rate; one step moves the prediction by about this fraction of its error. 0 freezes. Default (None)
         0.1, and 0.03 with ``start``: on a real model 0.3 overshoots in the first tens of steps, and what calibration
-        found, 0.1 already destroys (docs/quality.md has the tables).
+        found, 0.1 already destroys (docs/quality.md has the tables). Of a published recipe, its own.
     momentum: 0 (default) is plain SGD; above 0 costs one more buffer of the size of the weights, in float32.
     clip: bound on the rms over H of a row's error gradient, in units of the deep state's scale. Default 1.
     target: "deep" learns the deep hidden state (the paper); "choice" learns which tokens siblings draw.
@@ -113,6 +116,9 @@ class DistillerConfig:
     patience: warn when a group's loss has not fallen after this many updates. Default 256.
     start: file of start weights for this model and rank, written by ``esamp calibrate``; None (default) starts every
         group at the identity path. Only with target "deep".
+    recipe: network and learning rule. "default" is the one that all of the above is about; "paper" and "release" are
+        two that were published, kept for comparison (``PRESETS`` has them whole). They run in plain PyTorch on every
+        device, learn the mean squared error in their own way, and know of rank, lr and seed alone.
     """
 
     rank: int = 64
@@ -126,8 +132,11 @@ class DistillerConfig:
     deep_scale: float | None = None
     patience: int = 256
     start: str | None = None
+    recipe: Recipe = "default"
 
     def __post_init__(self) -> None:
+        recipes = ("default", "paper", "release")
+        require(self.recipe in recipes, "recipe", f"be one of {', '.join(recipes)}", self.recipe)
         require(is_int(self.rank) and 1 <= self.rank <= 1024, "rank", "be an integer in 1..1024", self.rank)
         require(is_real(self.lr) and self.lr >= 0, "lr", "be a finite number >= 0 (0 freezes)", self.lr)
         require(is_real(self.momentum) and 0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum)
@@ -142,6 +151,16 @@ class DistillerConfig:
         require(is_int(self.patience) and self.patience >= 1, "patience", "be an integer >= 1", self.patience)
         ok_start = self.start is None or (isinstance(self.start, str) and self.target == "deep")
         require(ok_start, "start", 'be None or a path as text, with target "deep"', self.start)
+        if self.published:
+            needed = {"target": "deep", "gate": False, "momentum": 0, "weight_dtype": torch.float32, "start": None}
+            for name, value in needed.items():
+                got = getattr(self, name)
+                require(got == value, name, f"be {value!r} with recipe={self.recipe!r}", got)
+
+    @property
+    def published(self) -> bool:
+        """Whether the recipe is one of others, whose steps are plain PyTorch."""
+        return self.recipe != "default"
 
     @property
     def gated(self) -> bool:

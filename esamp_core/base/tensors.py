@@ -246,6 +246,7 @@ class DistillerState(NamedTuple):
     loss: Tensor  # float32 [S], relative squared error of the latest step, before it
     first_loss: Tensor  # float32 [S], of the first step
     nonfinite: Tensor  # int64 [S], steps skipped because the loss was not finite
+    second_moment: DistillerWeights | None = None  # float32, the shapes of weights; of recipes that use Adam
 
 
 class Gauge(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.console import Console
 # Before torch is loaded: on a busy machine, OpenMP threads that spin while they wait cost a factor of ten.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from esamp_core.base.checks import require
 from esamp_core.base.config import DistillerConfig, SamplingParams
 from esamp_core.base.errors import ArgumentError, EsampError
+from esamp_core.base.presets import PRESETS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +60,7 @@ def demo(
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none reads --prompts or stdin.")] = None,
     model: Annotated[
         str, typer.Option(help="Folder or hub name of a model; 'countdown' is the embedded one.")
@@ -64,6 +68,9 @@ def generate(
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt per line.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file to write; default stdout.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip prompts that --out already holds whole.")] = False,
+    preset: Annotated[
+        str, typer.Option(help="default, or for comparison: paper, release. Options that are given too win over it.")
+    ] = "default",
     n: Annotated[int, typer.Option("-n", help="Samples per prompt.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     temperature: Temperature = 1.0,
@@ -93,7 +100,19 @@ def generate(
     """Sample every prompt n times and write one JSON object per sample."""
     from esamp_core.cli.generate import run_generate
 
-    params = SamplingParams(temperature, top_k, top_p, min_p, beta, seed, stratified)
+    require(preset in PRESETS, "--preset", f"be one of {', '.join(PRESETS)}", preset)
+    chosen = PRESETS[preset]
+    # By its name: typer has a copy of click's own class.
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, beta=beta)
+    params = replace(chosen.params, seed=seed, stratified=stratified, **{k: options[k] for k in given & options.keys()})
+    config = DistillerConfig(
+        recipe=chosen.config.recipe,
+        rank=rank if "rank" in given else chosen.config.rank,
+        gate=gate if "gate" in given else chosen.config.gate,
+        start=None if start is None else str(start),
+    )
     run_generate(
         prompts=prompts or [],
         prompts_file=prompts_file,
@@ -102,7 +121,8 @@ def generate(
         resume=resume,
         n=n,
         params=params,
-        config=DistillerConfig(rank=rank, gate=gate, start=None if start is None else str(start)),
+        config=config,
+        one_for_all=chosen.one_for_all,
         neutral=neutral,
         max_new_tokens=max_new_tokens,
         stop=stop or [],

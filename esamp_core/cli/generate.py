@@ -66,6 +66,7 @@ def run_generate(
     n: int,
     params: SamplingParams,
     config: DistillerConfig,
+    one_for_all: bool,
     neutral: bool,
     max_new_tokens: int,
     stop: Sequence[str],
@@ -77,6 +78,7 @@ def run_generate(
 ) -> None:
     """The command.  Every finished sample is written and flushed at once.  Raises ArgumentError.
 
+    one_for_all: all prompts share a Distiller.
     run_json: also write what ``esamp report`` shows, of this call's samples.
     """
     texts = read_prompts(prompts, prompts_file)
@@ -104,6 +106,7 @@ def run_generate(
                 n=n,
                 # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
                 params=[per_prompt[i] for i in todo],
+                groups=["all"] * len(todo) if one_for_all else None,
                 max_new_tokens=max_new_tokens,
                 stop_strings=tuple(stop),
                 max_batch_rows=batch_rows,

@@ -16,14 +16,14 @@ whose stop string was completed draws one token more, which is thrown away; noth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esamp_core.base.checks import is_int, require
+from esamp_core.base.checks import check_hashables, is_int, require
 from esamp_core.base.config import Apply, DistillerConfig, FilterOrder, SamplingParams, check_apply
 from esamp_core.base.errors import ArgumentError, UnsupportedModelError
 from esamp_core.base.seeds import seeded_params
@@ -48,6 +48,7 @@ def generate(
     attention_mask: Tensor | None = None,
     n: int = 1,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    groups: Sequence[Hashable | None] | None = None,
     config: DistillerConfig | None = None,
     max_new_tokens: int = 256,
     stop_token_ids: Sequence[int] | None = None,
@@ -86,6 +87,7 @@ def generate(
         attention_mask=attention_mask,
         n=n,
         params=params,
+        groups=groups,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
         stop_strings=stop_strings,
@@ -156,6 +158,7 @@ class Decoder:
         attention_mask: Tensor | None = None,
         n: int = 1,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        groups: Sequence[Hashable | None] | None = None,
         max_new_tokens: int = 256,
         stop_token_ids: Sequence[int] | None = None,
         stop_strings: str | Sequence[str] = (),
@@ -175,6 +178,9 @@ class Decoder:
             (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
             One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
             alone (stratified: and on n), not on the batch it ran in.  Default ``SamplingParams()``.
+        groups: one per prompt; prompts of equal ones share a Distiller, which goes on from one to the next, and with an
+            explorer of yours from call to call. None: that prompt has none, and is sampled plainly. Default: each
+            prompt has its own, which starts afresh and ends with it.
         max_new_tokens: most tokens per sample, the stop token included; also ended by the model's context.
         stop_token_ids: default those of ``model.generation_config``; () for none.
         stop_strings: a text ends before the first of them.
@@ -213,12 +219,16 @@ class Decoder:
         self._graphs.ask(graph)
         read = read_prompts(prompts, self.tokenizer, attention_mask, parts.vocab_size, parts.context)
         per_prompt = seeded_params(params, len(read))
+        named = [("prompt", i) for i in range(len(read))] if groups is None else check_hashables("groups", groups)
+        if len(named) != len(read):
+            raise ArgumentError(f"groups must be one per prompt ({len(read)}), got {len(named)}")
         queue = deque(
             Prompt(
                 index=i,
                 text=text,
                 token_ids=ids,
                 params=per_prompt[i],
+                group=named[i],
                 budget=max_new_tokens if parts.context is None else min(max_new_tokens, parts.context - len(ids)),
             )
             for i, (text, ids) in enumerate(read)
@@ -231,7 +241,8 @@ class Decoder:
             None if latent else parts.head,
             parts.hidden_size,
             self.config,
-            max_groups=min(batch_rows, len(queue)),  # a prompt with one sample left still holds its Distiller
+            # A prompt with one sample left still holds its Distiller; named ones are kept to the end of the call.
+            max_groups=min(batch_rows, len(queue)) if groups is None else max(1, len({*named} - {None})),
             max_rows=batch_rows,
             max_candidates=self.max_candidates,
             filter_order=self.filter_order,
@@ -249,6 +260,7 @@ class Decoder:
             self._check_first,
             self._graphs if cache == "static" else None,
             latent,
+            retain=groups is not None,
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.

@@ -83,7 +83,7 @@ class Batch:
     @property
     def explores(self) -> bool:
         """Whether any row does; else predict and learn have nothing to do."""
-        return any(sample.prompt.params.beta != 0 for sample in self.samples)
+        return any(sample.prompt.explores for sample in self.samples)
 
     def can_draw(self) -> bool:
         """Whether any row may still draw, as far as the host knows without looking at tokens."""

@@ -41,13 +41,14 @@ class Run:
         check_first: Callable[[Tapped, Any], None],
         waves: GraphPolicy | None,
         latent: bool,
+        retain: bool,
     ) -> None:
         """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one.
-        latent: whether states are mixed before the head."""
+        latent: whether states are mixed before the head.  retain: whether Distillers outlive their prompts."""
         self._parts, self._explorer, self._check_first = parts, explorer, check_first
         self._queue, self._n, self._batch_rows = queue, n, batch_rows
         self._waves, self._static = waves, waves is not None
-        self._latent = latent
+        self._latent, self._retain = latent, retain
         self._steps: WaveSteps | None = None
         self._stop_ids = to_device(stop_ids, self._parts.device)
         self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
@@ -93,19 +94,19 @@ class Run:
         elif len(running) < len(batch.samples):
             batch.keep(running)
 
-    @staticmethod
-    def _group(sample: RunningSample) -> tuple[str, int] | None:
-        """One Distiller per prompt; none for samples that would not use it."""
-        return ("prompt", sample.prompt.index) if sample.prompt.params.beta != 0 else None
-
     def _next_prompts(self) -> list[Prompt]:
         """The prompts that can start now, all n samples of each at once."""
         samples = [] if self._batch is None else self._batch.samples
         if samples and self._static:
             return []
-        rows = self._batch_rows - len(samples)
-        groups = self._explorer.max_groups - len({sample.prompt.index for sample in samples})
-        return [self._queue.popleft() for _ in range(min(rows // self._n, groups, len(self._queue)))]
+        rows, groups = self._batch_rows - len(samples), {sample.prompt.group for sample in samples} - {None}
+        chosen: list[Prompt] = []
+        while self._queue and rows >= (len(chosen) + 1) * self._n:
+            groups |= {self._queue[0].group} - {None}
+            if len(groups) > self._explorer.max_groups:
+                break
+            chosen.append(self._queue.popleft())
+        return chosen
 
     def _step(self, taps: Taps, batch: Batch) -> Receipt:
         """One token for every row."""
@@ -164,10 +165,11 @@ class Run:
             tapped = Tapped(*(t[spread] for t in tapped))
         samples = [RunningSample(prompt, i) for prompt in prompts for i in range(n)]
         rows = self._explorer.open(
-            [self._group(sample) for sample in samples],
+            [sample.prompt.group if sample.prompt.explores else None for sample in samples],
             [sample.prompt.params for sample in samples],
             sample_index=[sample.index for sample in samples],
             sets=origin,
+            retain=self._retain,
         )
         try:
             batch = Batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ class Prompt:
     token_ids: tuple[int, ...]
     params: SamplingParams  # with a seed
     budget: int  # most tokens to draw
+    group: Hashable | None  # of prompts that share a Distiller; None is without one
+
+    @property
+    def explores(self) -> bool:
+        return self.group is not None and self.params.beta != 0
 
 
 def read_prompts(

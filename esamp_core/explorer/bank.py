@@ -21,6 +21,7 @@ from esamp_core.base.files import read_safetensors
 from esamp_core.base.seeds import as_int64
 from esamp_core.base.tensors import DistillerState, DistillerWeights, Gauge
 from esamp_core.explorer.start import Start, start_of
+from esamp_core.reference.published import RECIPES
 
 OnFull = Literal["error", "evict"]
 
@@ -74,14 +75,16 @@ class DistillerBank:
         self.scale = torch.full((), self._known_scale(), device=device)
 
     def _known_scale(self) -> float:
+        if self.config.published:
+            return 1.0  # they predict the deep state as it is
         if self.config.target == "choice":
             return 1.0 / math.sqrt(self.hidden_size)  # centred head rows over their mean norm
         return math.nan if self.config.deep_scale is None else self.config.deep_scale
 
     @property
     def bytes_per_slot(self) -> int:
-        """Device memory of one slot: weights, and momentum where it is used."""
-        tensors = [*self.state.weights, *(self.state.momentum or ())]
+        """Device memory of one slot: weights, and their optimizer's moments where it has some."""
+        tensors = [*self.state.weights, *(self.state.momentum or ()), *(self.state.second_moment or ())]
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
     def acquire(self, groups: Iterable[Hashable], retain: bool) -> set[Hashable]:
@@ -128,8 +131,8 @@ class DistillerBank:
             weights[slot].copy_(start)
         for column, start in zip(self.gauge, self.start.gauge, strict=True):
             column[slot].copy_(start)
-        for velocity in self.state.momentum or ():
-            velocity[slot].zero_()
+        for moment in (*(self.state.momentum or ()), *(self.state.second_moment or ())):
+            moment[slot].zero_()
         self.state.seed[slot] = as_int64(seed)
         self.state.updates[slot] = 0
         self.state.nonfinite[slot] = 0
@@ -180,8 +183,8 @@ class DistillerBank:
         """Take a saved bank's groups over as idle, retained ones.  Raises StateError, ArgumentError, CapacityError."""
         if self.leases:
             raise StateError(f"load needs an unused bank, but {len(self.leases)} groups hold slots")
-        mine, theirs = _plain(self.config), dict(saved["config"])
-        shape = ("rank", "target", "weight_dtype")
+        mine, theirs = _plain(self.config), {"recipe": "default", **saved["config"]}
+        shape = ("recipe", "rank", "target", "weight_dtype")
         if any(mine[k] != theirs[k] for k in shape) or (mine["momentum"] > 0) != (theirs["momentum"] > 0):
             raise ArgumentError(f"state must fit config {mine}, got one saved with {theirs}")
         if missing := sorted(self._named_tensors().keys() - saved["tensors"].keys()):
@@ -223,6 +226,8 @@ class DistillerBank:
         named = {f"weights.{k}": t for k, t in state.weights._asdict().items()}
         if state.momentum is not None:
             named |= {f"momentum.{k}": t for k, t in state.momentum._asdict().items()}
+        if state.second_moment is not None:
+            named |= {f"second_moment.{k}": t for k, t in state.second_moment._asdict().items()}
         if self.config.gated:
             named |= {f"gauge.{k}": t for k, t in self.gauge._asdict().items()}
         return named | {k: getattr(state, k) for k in ("seed", "updates", "loss", "first_loss", "nonfinite")}
@@ -245,9 +250,11 @@ def _empty_state(start: DistillerWeights, config: DistillerConfig, slots: int, d
     def column(dtype: torch.dtype) -> Tensor:
         return torch.zeros(slots, dtype=dtype, device=device)
 
+    adam = config.published and RECIPES[config.recipe].adam
     return DistillerState(
         weights=pool(),
-        momentum=pool(torch.float32) if config.momentum > 0 else None,
+        momentum=pool(torch.float32) if config.momentum > 0 or adam else None,
+        second_moment=pool(torch.float32) if adam else None,
         seed=column(torch.int64),
         updates=column(torch.int64),
         loss=column(torch.float32),

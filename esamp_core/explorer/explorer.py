@@ -104,11 +104,12 @@ class Explorer:
         Raises ArgumentError.
         """
         head = self._learner.head
+        config = DistillerConfig() if self.config.published else self.config  # published ones have no kernels
         if head is not None:
-            warm_up(head, self.config, max_candidates=self.max_candidates, dtype=dtype, neutral=self.neutral)
+            warm_up(head, config, max_candidates=self.max_candidates, dtype=dtype, neutral=self.neutral)
         else:
             require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
-            self._learner.backend.warm_up_mixing(self._bank.hidden_size, self.config, dtype, self._device)
+            self._learner.backend.warm_up_mixing(self._bank.hidden_size, config, dtype, self._device)
 
     def open(
         self,

@@ -48,7 +48,8 @@ from esamp_core.base.errors import StateError
 from esamp_core.base.tensors import Activations, Head, RowGroups
 from esamp_core.explorer.bank import DistillerBank
 from esamp_core.explorer.streams import Lane
-from esamp_core.ops import backend
+from esamp_core.ops import DistillerOps, backend
+from esamp_core.reference.published import Published
 
 
 @dataclass
@@ -92,8 +93,9 @@ class Learner:
         self._slots, self._trust = zeros(max_rows, dtype=torch.int64), zeros(max_rows)
         self.backend = backend(device)
         """Chosen here, once: what it needs of scratch depends on it."""
-        self._scratch = self.backend.distiller_scratch(bank.state.weights, max_rows)
-        self._host = _Host(scale_known=by_tokens or self._config.deep_scale is not None)
+        self._ops: DistillerOps = Published(self._config) if self._config.published else self.backend
+        self._scratch = self._ops.distiller_scratch(bank.state.weights, max_rows)
+        self._host = _Host(scale_known=by_tokens or self._config.published or self._config.deep_scale is not None)
 
     @property
     def learns(self) -> bool:
@@ -163,7 +165,7 @@ class Learner:
         self._wait()
         kept, groups, _ = self._first(self._host.rows)
         strength = self.strength(beta)
-        mixed = self.backend.mix(
+        mixed = self._ops.mix(
             deep,
             kept,
             groups,
@@ -195,7 +197,7 @@ class Learner:
     def _norm(self) -> None:
         """The LayerNorm of the latest prediction, which predict left out.  Main has waited."""
         kept, groups, _ = self._first(self._host.rows)
-        self.backend.distiller_norm_(kept, groups, self._bank.state.weights, self._bank.scale)
+        self._ops.distiller_norm_(kept, groups, self._bank.state.weights, self._bank.scale)
         self._host.normed = self._host.predicted = True
 
     def flush(self) -> None:
@@ -232,6 +234,8 @@ class Learner:
 
     def _check_capture(self, groups: RowGroups) -> None:
         if self._captured:
+            if self._config.published:
+                raise StateError(f"a step with recipe={self._config.recipe!r} cannot be captured: plain PyTorch waits")
             ready = self._host.joined and self._host.source is groups and self._host.scale_known
             if not (ready and self._host.staged == self.learns):
                 raise StateError("a step can be captured only after a whole step, learn included, of the same rows")
@@ -260,7 +264,7 @@ class Learner:
         if self._config.gated:
             torch.index_select(self._bank.gauge.trust, 0, self._slots[:rows], out=self._trust[:rows])
         shallow, norm = self._shallow[:rows], self.head is not None
-        self.backend.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch, norm=norm)
+        self._ops.distiller_forward(shallow, groups, weights, scale, out=kept, scratch=self._scratch, norm=norm)
 
     def _enqueue_learn(self) -> None:
         if self._host.staged:
@@ -277,9 +281,9 @@ class Learner:
             self._bank.measure_scale(target, teaches & (kept.rstd > 0))
         head = self.head if self._config.target == "choice" else None
         if self._config.gated:
-            self.backend.gauge_(
+            self._ops.gauge_(
                 self._bank.gauge, kept, target, groups, state.weights, scale, active=teaches, scratch=self._scratch
             )
-        self.backend.distiller_step_(
+        self._ops.distiller_step_(
             state, kept, target, groups, scale, self._config, head=head, active=teaches, scratch=self._scratch
         )

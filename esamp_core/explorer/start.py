@@ -16,6 +16,7 @@ from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError
 from esamp_core.base.files import read_safetensors
 from esamp_core.base.tensors import DistillerWeights, Gauge, Head
+from esamp_core.reference import published
 from esamp_core.reference.distiller import INIT_STD
 from esamp_core.reference.gauge import WINDOW
 
@@ -51,7 +52,9 @@ def start_of(hidden_size: int, config: DistillerConfig, device: torch.device) ->
     """
     h, r = hidden_size, config.rank
     judged = None
-    if config.start is not None:
+    if config.published:
+        weights = published.start_weights(h, config)
+    elif config.start is not None:
         weights, judged = _read_start(config.start, h, r)
     else:
         generator = torch.Generator().manual_seed(config.seed)

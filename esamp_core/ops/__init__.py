@@ -4,7 +4,7 @@
 installed and PyTorch elsewhere.  Every op has a plain-PyTorch twin of the same name in ``esamp_core.reference``.
 """
 
-from esamp_core.ops.backends import backend, backend_name
+from esamp_core.ops.backends import DistillerOps, backend, backend_name
 from esamp_core.ops.distiller import (
     distiller_forward,
     distiller_scratch,
@@ -25,6 +25,7 @@ from esamp_core.ops.sampling import (
 )
 
 __all__ = [
+    "DistillerOps",
     "backend",
     "backend_name",
     "distiller_forward",

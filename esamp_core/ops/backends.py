@@ -53,49 +53,8 @@ class ExploreOp(Protocol):
     ) -> Draw: ...
 
 
-class Backend(Protocol):
-    """The ops of one backend.  Their arguments have been checked; the public ops document them."""
-
-    @property
-    def explore(self) -> ExploreOp: ...
-
-    def select_candidates(
-        self,
-        logits: Tensor,
-        params: RowParams,
-        *,
-        filter_order: FilterOrder = "transformers",
-        max_candidates: int = 256,
-        active: Tensor | None = None,
-    ) -> Candidates: ...
-
-    def score_candidates(
-        self, direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True
-    ) -> Tensor: ...
-
-    def reweight(
-        self,
-        candidates: Candidates,
-        projection: Tensor,
-        params: RowParams,
-        *,
-        model_logits: Tensor | None = None,
-        model_weight: float = 1.0,
-        neutral: bool = False,
-    ) -> Reweighted: ...
-
-    def draw(
-        self,
-        candidates: Candidates,
-        reweighted: Reweighted,
-        logits: Tensor,
-        params: RowParams,
-        seed: Tensor,
-        position: Tensor,
-        *,
-        codes: Tensor | None = None,
-        model_logits: Tensor | None = None,
-    ) -> Draw: ...
+class DistillerOps(Protocol):
+    """The Distiller's ops of one backend, or of one published recipe.  The public ops document them."""
 
     def distiller_scratch(self, weights: DistillerWeights, rows: int) -> Tensor: ...
 
@@ -155,6 +114,51 @@ class Backend(Protocol):
         active: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> None: ...
+
+
+class Backend(DistillerOps, Protocol):
+    """The ops of one backend.  Their arguments have been checked; the public ops document them."""
+
+    @property
+    def explore(self) -> ExploreOp: ...
+
+    def select_candidates(
+        self,
+        logits: Tensor,
+        params: RowParams,
+        *,
+        filter_order: FilterOrder = "transformers",
+        max_candidates: int = 256,
+        active: Tensor | None = None,
+    ) -> Candidates: ...
+
+    def score_candidates(
+        self, direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True
+    ) -> Tensor: ...
+
+    def reweight(
+        self,
+        candidates: Candidates,
+        projection: Tensor,
+        params: RowParams,
+        *,
+        model_logits: Tensor | None = None,
+        model_weight: float = 1.0,
+        neutral: bool = False,
+    ) -> Reweighted: ...
+
+    def draw(
+        self,
+        candidates: Candidates,
+        reweighted: Reweighted,
+        logits: Tensor,
+        params: RowParams,
+        seed: Tensor,
+        position: Tensor,
+        *,
+        codes: Tensor | None = None,
+        model_logits: Tensor | None = None,
+    ) -> Draw: ...
 
     def warm_up(
         self, head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype, neutral: bool

@@ -148,6 +148,7 @@ def distiller_step_(
     Raises ArgumentError.
     """
     require(isinstance(config, DistillerConfig), "config", "be a DistillerConfig", type(config).__name__)
+    require(not config.published, "config.recipe", 'be "default" here: the others learn in an Explorer', config.recipe)
     require(isinstance(state, DistillerState), "state", "be a DistillerState", type(state).__name__)
     slots, hidden = check_weights(state.weights, "state.weights")
     device = state.weights.up.device

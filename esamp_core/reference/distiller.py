@@ -127,23 +127,35 @@ def mix(
     out: Tensor | None = None,
     status: Tensor | None = None,
 ) -> Mixed:
-    hidden = torch.empty_like(deep) if out is None else out
-    flags = torch.zeros(deep.shape[0], dtype=torch.int32, device=deep.device) if status is None else status
-    hidden.copy_(deep)
+    hidden, flags = mixed_memory(deep, out, status)
     for slot, members in each_group(groups):
         mean, rstd, pred = _layer_norm(activations.y[members], weights, slot, scale)
         activations.mean.index_copy_(0, members, mean)
         activations.rstd.index_copy_(0, members, rstd)
-        strength = beta[members, None].to(pred.dtype)
-        mixed = ((1 + strength) * deep[members].to(pred.dtype) - strength * pred).to(deep.dtype)
-        explores = beta[members] != 0
-        if active is not None:
-            explores = explores & active[members]
-        # Also a state that leaves its dtype: float16 ends at 65504.
-        bad = explores & ~torch.isfinite(mixed).all(-1)
-        flags.index_copy_(0, members, flags[members] | torch.where(bad, int(Status.NONFINITE_NOVELTY), 0).int())
-        hidden.index_copy_(0, members, torch.where((explores & ~bad)[:, None], mixed, deep[members]))
+        mix_rows_(hidden, flags, deep, pred, members, beta, active)
     return Mixed(hidden, flags)
+
+
+def mixed_memory(deep: Tensor, out: Tensor | None, status: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A copy of deep, to be mixed, and flags to add to: in what is given, or in new memory."""
+    hidden = torch.empty_like(deep) if out is None else out
+    flags = torch.zeros(deep.shape[0], dtype=torch.int32, device=deep.device) if status is None else status
+    return hidden.copy_(deep), flags
+
+
+def mix_rows_(
+    hidden: Tensor, flags: Tensor, deep: Tensor, pred: Tensor, rows: Tensor, beta: Tensor, active: Tensor | None
+) -> None:
+    """Write the mixed states of these rows, of which pred is the prediction, and their flags."""
+    strength = beta[rows, None].to(pred.dtype)
+    mixed = ((1 + strength) * deep[rows].to(pred.dtype) - strength * pred).to(deep.dtype)
+    explores = beta[rows] != 0
+    if active is not None:
+        explores = explores & active[rows]
+    # Also a state that leaves its dtype: float16 ends at 65504.
+    bad = explores & ~torch.isfinite(mixed).all(-1)
+    flags.index_copy_(0, rows, flags[rows] | torch.where(bad, int(Status.NONFINITE_NOVELTY), 0).int())
+    hidden.index_copy_(0, rows, torch.where((explores & ~bad)[:, None], mixed, deep[rows]))
 
 
 def feature_size(rank: int, hidden_size: int) -> float:
