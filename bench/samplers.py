@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -33,8 +34,8 @@ class Filter:
 
     first_temperature: of the first token alone (FIRE).  top_n_sigma: keep logits within n standard deviations of the
     largest (Tang et al. 2024, arXiv 2411.07641).  p_less: keep tokens at least as likely as two draws are to be equal
-    (Tan et al. 2025, arXiv 2509.23234).  top_h: keep the most likely tokens as long as their entropy is at most this
-    share of that of all (Potraghloo et al. 2025, arXiv 2509.02510).  sharpen: factor on what the filters left.
+    (Tan et al. 2025, arXiv 2509.23234).  top_h: keep the most likely tokens, of a hundred, as long as their entropy is
+    at most this share of that of all (Potraghloo et al. 2025, arXiv 2509.02510).  sharpen: factor on what is left.
     """
 
     temperature: float = 1.0
@@ -51,6 +52,8 @@ class Filter:
         """transformers' processors, in its order."""
         hot = self.first_temperature if first else None
         processors = LogitsProcessorList([TemperatureLogitsWarper(float(hot or self.temperature))])
+        if self.top_h is not None:
+            processors.append(TopHLogitsWarper(self.top_h))
         if self.top_k:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -70,21 +73,7 @@ class Filter:
         if self.p_less:
             chances = scores.softmax(-1)
             scores = scores.masked_fill(chances < chances.square().sum(-1, keepdim=True), -torch.inf)
-        if self.top_h is not None:
-            scores = scores.masked_fill(~within_entropy(scores.softmax(-1), self.top_h), -torch.inf)
         return scores * self.sharpen
-
-
-def within_entropy(chances: Tensor, share: float, most: int = 1024) -> Tensor:
-    """bool [R, V]: the most likely tokens of chances [R, V], as long as their entropy is at most this share of that of
-    all; at least one, and at most so many."""
-    entropy = -torch.xlogy(chances, chances).sum(-1, keepdim=True)
-    ranked, order = chances.topk(min(most, chances.shape[-1]))
-    mass = ranked.cumsum(-1)
-    so_far = mass.log() - torch.xlogy(ranked, ranked).cumsum(-1) / mass  # of the first so many, renormalised
-    inside = (so_far <= share * entropy).int().cummin(-1).values.bool()
-    inside[:, 0] = True
-    return torch.zeros_like(chances, dtype=torch.bool).scatter(-1, order, inside)
 
 
 class GumbelDraw:

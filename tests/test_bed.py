@@ -108,7 +108,8 @@ def test_the_bed_is_as_wide_as_it_says() -> None:
     assert {work.kind for work in WORK} == {"few-shot", "chat", "creative"}
     made = bed.samplers("start")
     assert set(bed.QUICK) <= set(made) and bed_table.REFERENCE in made
-    assert all(made[name].params.min_p == 0.05 for name in made if isinstance(made[name], Explored))
+    explored = [sampler for sampler in made.values() if isinstance(sampler, Explored)]
+    assert all(sampler.params.min_p == 0.05 for sampler in explored if not sampler.config.published)
 
 
 class Words:
