@@ -46,9 +46,16 @@ def test_a_thousand_prompts_through_two_slots() -> None:
     assert explorer.stats() == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    config = DistillerConfig(rank=4, momentum=0.5, weight_dtype=dtype)
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistillerConfig(rank=4, momentum=0.5),
+        DistillerConfig(rank=4, momentum=0.5, weight_dtype=torch.bfloat16),
+        DistillerConfig(recipe="paper", rank=4, gate=False),
+        DistillerConfig(recipe="release", rank=4, gate=False),
+    ],
+)
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, config: DistillerConfig) -> None:
     whole = make(config)
     rows = whole.open(["a", "a", "b"], PARAMS, retain=True)
     for t in range(10):
@@ -62,7 +69,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     for t, expected in zip(range(10, 20), want, strict=True):
         for field, a, b in zip(Draw._fields, step(resumed, rows, seed=t), expected, strict=True):
             assert torch.equal(a, b), field
-    assert resumed.stats() == whole.stats()
+    assert repr(resumed.stats()) == repr(whole.stats())  # NaN is not NaN
 
 
 def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import pytest
 from torch import Tensor
 
 from esamp_core import cli, countdown
-from esamp_core.sample import Draw, Explorer, Rows, Status
+from esamp_core.decoder import Decoder
+from esamp_core.sample import PRESETS, Draw, Explorer, Rows, Status
 
 
 class Finished(NamedTuple):
@@ -124,6 +126,41 @@ def test_a_start_explores_from_the_first_token(esamp: Esamp) -> None:
     assert plain == [0.0, 0.0] and all(started) and all(novelty("--no-gate")) and started != neutral
     other = esamp("generate", "3 7 3 5 -> 41 :", "--start", start, "--rank", "8")
     assert other.returncode == 2 and "start must be for H=128 and rank=8" in other.stderr
+
+
+def test_presets_and_what_wins_over_them(tmp_path: Path, esamp: Esamp) -> None:
+    """The command draws what the library draws with the preset; options that are given win, defaults do not."""
+    model, tokenizer = countdown.load()
+    prompts = ["3 7 3 5 -> 41 :", "1 2 3 4 -> 24 :"]
+
+    def drawn(*options: str) -> list[list[int]]:
+        run = esamp("generate", *prompts, "-n", "2", "--seed", "1", "--max-new-tokens", "12", *options)
+        assert run.returncode == 0, run.stderr
+        found = sorted(map(json.loads, run.stdout.splitlines()), key=lambda e: (e["prompt_index"], e["sample_index"]))
+        return [e["token_ids"] for e in found]
+
+    def library(name: str, **change: float) -> list[list[int]]:
+        preset = PRESETS[name]
+        groups = ["one"] * 2 if preset.one_for_all else None
+        params = replace(preset.params, seed=1, **change)  # type: ignore[arg-type]
+        made = Decoder(model, tokenizer, config=preset.config).generate(
+            prompts, n=2, params=params, groups=groups, max_new_tokens=12
+        )
+        return [list(g.token_ids) for g in made]
+
+    assert drawn() == drawn("--preset", "default") == library("default")
+    for name in ("paper", "release"):
+        assert drawn("--preset", name) == library(name)
+    assert drawn("--preset", "paper", "--beta", "2", "--min-p", "0.05") == library("paper", beta=2.0, min_p=0.05)
+    assert drawn("--preset", "paper", "--beta", "0") == library("paper", beta=0.0)
+    wrong = {
+        ("--preset", "other"): "--preset must be one of default, paper, release",
+        ("--preset", "paper", "--gate"): "gate must be False",
+        ("--preset", "paper", "--resume", "--out", str(tmp_path / "x")): "--resume cannot go on",
+    }
+    for options, message in wrong.items():
+        run = esamp("generate", *prompts, *options)
+        assert run.returncode == 2 and message in run.stderr
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, esamp: Esamp) -> None:

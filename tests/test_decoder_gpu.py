@@ -97,3 +97,13 @@ def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     want = Decoder(model).generate(**options, max_batch_rows=8)
     monkeypatch.setattr(loop.Run, "_step", step)
     assert Decoder(model).generate(**options, max_batch_rows=8) == want
+
+
+@pytest.mark.skipif(INTERPRETED, reason="autograd's engine wants a real device")
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_published_recipes_run_without_a_graph(recipe: Any) -> None:
+    """Plain PyTorch waits: the rehearsal of a graph sees it, and the steps go on eagerly, with the same tokens."""
+    config = DistillerConfig(recipe=recipe, rank=8, gate=False)
+    want = run(on_gpu("llama"), False, config, **SIZE)
+    with pytest.warns(UserWarning, match="a step of this model waits for the device"):
+        assert run(on_gpu("llama"), "auto", config, **SIZE) == want

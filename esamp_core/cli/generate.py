@@ -86,6 +86,8 @@ def run_generate(
         check_writable(run_json, "--run-json")
     if resume and out is None:
         raise ArgumentError("--resume needs --out FILE")
+    if resume and one_for_all:
+        raise ArgumentError("--resume cannot go on where all prompts share a Distiller, which this preset does")
     done, kept = finished_prompts(out, texts, n) if resume and out is not None else (set(), [])
     todo = [i for i in range(len(texts)) if i not in done]
     with open_output(out, kept, resume) as file:

@@ -198,6 +198,7 @@ class DistillerBank:
         for i, entry in enumerate(saved["groups"]):
             lease = self.leases[entry["group"]]
             lease.next_sample_index = entry["next_sample_index"]
+            self.reset(lease.slot, 0)  # what is not in the file is as at the start
             for name, tensor in self._named_tensors().items():
                 tensor[lease.slot].copy_(saved["tensors"][name][i])
         self._clock = max([self._clock, *(entry["last_used"] for entry in saved["groups"])])
