@@ -226,7 +226,7 @@ Out = Annotated[Path, typer.Option(help="Folder of the model, the start, and the
 def run(
     out: Out = OUT,
     pool: Annotated[str, typer.Option(help="tune, or report: touched once, after a choice is written down.")] = "tune",
-    items: Annotated[int, typer.Option(help="Of each work, a quarter as many of those with long answers.")] = 16,
+    items: Annotated[int, typer.Option(help="Of each work, half as many of those with long answers.")] = 16,
     seeds: Annotated[int, typer.Option()] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="Eight samplers, 8 items, one seed.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Samplers by name; default all.")] = None,
@@ -246,7 +246,7 @@ def run(
     if not 1 <= size <= MOST_ITEMS:
         raise typer.BadParameter(f"--items must be in 1..{MOST_ITEMS}, got {items}")
     units = [
-        Unit(name, work.name, pool, max(1, size // 4) if work.long else size, seed)  # type: ignore[arg-type]
+        Unit(name, work.name, pool, max(1, size // 2) if work.long else size, seed)  # type: ignore[arg-type]
         for seed in range(repeats)
         for work in WORK
         for name in chosen
@@ -284,8 +284,15 @@ def rates(
 def pack(
     out: Out = OUT, to: Annotated[Path | None, typer.Option(help="Default bench/results/bed-DATE.json.")] = None
 ) -> None:
-    """One file of all runs in --out, similarities included and answers left out."""
-    runs = bed_table.packed([json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))])
+    """One file of the runs in --out, similarities included and answers left out: where a work was run with several
+    numbers of items, the most, which hold the others."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path in sorted((out / "runs").glob("*.json")):
+        one = json.loads(path.read_text())
+        key = tuple(str(one["unit"][name]) for name in ("sampler", "work", "pool", "seed"))
+        if key not in found or one["unit"]["items"] > found[key]["unit"]["items"]:
+            found[key] = one
+    runs = bed_table.packed(list(found.values()))
     body = report("bed", "make bed", runs, dry=False)
     target = to or RESULTS / f"bed-{body['date']}.json"
     target.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")

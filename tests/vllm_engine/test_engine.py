@@ -25,6 +25,7 @@ from engines import (
 from latent_oracle import judged_start
 from vllm import SamplingParams
 
+from esamp_core.reference import published
 from esamp_core.sample import DistillerConfig, Head
 
 pytestmark = pytest.mark.both_runners
@@ -109,6 +110,28 @@ def test_a_calibrated_start_is_trusted_from_the_first_token(qwen3: str, referenc
     other = judged_start(replace(head, weight=head.weight + 1), tmp_path / "other")
     with pytest.raises(Exception, match="start must be calibrated for this model"):
         make_llm(qwen3, {"distiller": {"rank": 8, "start": other}})
+
+
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_published_recipes_mix_and_learn(qwen3: str, reference: Any, recipe: Any) -> None:
+    """The first token by the start weights, later ones by what was learned since."""
+    config = DistillerConfig(recipe=recipe, rank=8, gate=False)
+    llm = make_llm(qwen3, {"distiller": {"recipe": recipe, "rank": 8, "gate": False}})
+    sampling = SamplingParams(
+        n=3, max_tokens=20, seed=5, ignore_eos=True, logprobs=0, extra_args={"esamp": {"beta": 0.7, "group": "all"}}
+    )
+    (output,) = ask(llm, [sampling], ["hello"])
+    for sample in output.outputs:
+        tokens = torch.tensor([tokenise("hello") + list(sample.token_ids)])
+        states = reference(tokens, output_hidden_states=True).hidden_states
+        shallow, deep = (states[layer][0, len(tokenise("hello")) - 1 : -1] for layer in (1, -1))
+        start = published.start_weights(shallow.shape[1], config)
+        unlearned = 1.7 * deep - 0.7 * published.predict(shallow, start, published.RECIPES[recipe])
+        got, want = returned_logprobs(sample), chosen(reference.lm_head(unlearned), sample.token_ids)
+        plain = chosen(reference.lm_head(deep), sample.token_ids)
+        torch.testing.assert_close(got[0], want[0], atol=2e-3, rtol=0, check_dtype=False)
+        assert abs(got[0] - plain[0]) > 0.02
+        assert (got - want).abs()[4:].max() > (0.02 if recipe == "paper" else 1e-5)
 
 
 def test_processed_logprobs_are_the_behaviour_policy(qwen3: str, reference: Any) -> None:
