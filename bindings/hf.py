@@ -226,8 +226,11 @@ class Exploration(ModelContext):
             self._head_checked = check_head(self._parts, explorer.head or self._parts.head, tapped)
         params = [self._base if g is None else per_prompt[numbers[g]] for g in groups]
         criteria = loop.stopping_criteria
-        eos = [torch.as_tensor(c.eos_token_id).reshape(-1) for c in criteria if hasattr(c, "eos_token_id")]
-        skips = torch.tensor([g is None for g in groups], device=self._parts.device)
+        device = self._parts.device
+        eos = [
+            torch.as_tensor(c.eos_token_id, device=device).reshape(-1) for c in criteria if hasattr(c, "eos_token_id")
+        ]
+        skips = torch.tensor([g is None for g in groups], device=device)
         counters = {group: itertools.count() for group in groups}
         rows = explorer.open(
             # Rows with beta 0 do not use what a Distiller has learned.
@@ -244,7 +247,7 @@ class Exploration(ModelContext):
             explorer=explorer,
             rows=rows,
             groups=groups,
-            stop_ids=torch.cat([ids.to(self._parts.device) for ids in eos]) if eos else None,
+            stop_ids=torch.cat(eos) if eos else None,
             skips=skips if None in groups else None,
             edited=edited,
         )

@@ -25,7 +25,7 @@ def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prom
 
 
 def _fresh_seed() -> int:
-    return int(torch.randint(2**63 - 1, ()))
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 def as_int64(seed: int) -> int:

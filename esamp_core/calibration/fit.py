@@ -40,8 +40,9 @@ class Calibration(NamedTuple):
 
 
 def _forward(shallow: Tensor, weights: DistillerWeights, scale: float) -> Activations:
-    groups = group_rows(torch.zeros(len(shallow), dtype=torch.int64), 1)
-    return distiller_forward(shallow, groups, DistillerWeights(*(w[None] for w in weights)), torch.tensor(scale))
+    groups = group_rows(torch.zeros(len(shallow), dtype=torch.int64, device="cpu"), 1)
+    slots, size = DistillerWeights(*(w[None] for w in weights)), torch.tensor(scale, device="cpu")
+    return distiller_forward(shallow, groups, slots, size)
 
 
 def _loss(states: States, weights: DistillerWeights, scale: float) -> Tensor:
@@ -81,9 +82,8 @@ def fit(
     for step in range(saved["step"], config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.rate * _schedule(step, config.steps)
-        chosen = torch.randint(
-            len(train.deep), (config.batch,), generator=torch.Generator().manual_seed((config.seed << 32) + step)
-        )
+        generator = torch.Generator().manual_seed((config.seed << 32) + step)
+        chosen = torch.randint(len(train.deep), (config.batch,), generator=generator, device="cpu")
         loss = _loss(States(*(t[chosen] for t in train)), weights, scale)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ def sample_tokens(
 
     rows = len(prompts)
     cache = {cache_argument(model): DynamicCache(config=model.config)}
-    running = torch.ones(rows, dtype=torch.bool)
+    running = torch.ones(rows, dtype=torch.bool, device="cpu")
     drawn: list[Tensor] = []
     tokens = prompts
     for _ in range(max_new_tokens):
@@ -95,7 +95,7 @@ def sample_words(
     at_a_time = max(1, rows // samples)
     for start in range(0, len(problems), at_a_time):
         batch = problems[start : start + at_a_time]
-        prompts = torch.tensor([prompt_ids(problem) for problem in batch]).repeat_interleave(samples, 0)
+        prompts = torch.tensor([prompt_ids(problem) for problem in batch], device="cpu").repeat_interleave(samples, 0)
         tokens = sample_tokens(model, prompts, max_new_tokens, temperature, generator).tolist()
         words = [[WORDS[token] for token in _until_end(row)] for row in tokens]
         found += [words[row : row + samples] for row in range(0, len(words), samples)]

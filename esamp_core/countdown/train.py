@@ -164,11 +164,12 @@ def attempt_phase(config: TrainConfig, model: Any, sequences: tuple[Tensor, Tens
     """Phase 2: batches of sequences with the same number of attempts, each number as often as it occurs."""
     ids, labels = sequences
     groups = data.by_length(ids)
-    sizes = torch.tensor([float(len(group)) for _, group in groups])
+    sizes = torch.tensor([float(len(group)) for _, group in groups], device="cpu")
 
     def batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         length, group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
-        rows = group[torch.randint(len(group), (max(1, config.attempt_tokens // length),), generator=generator)]
+        size = (max(1, config.attempt_tokens // length),)
+        rows = group[torch.randint(len(group), size, generator=generator, device="cpu")]
         return ids[rows, :length], labels[rows, :length]
 
     rate = config.attempt_rate

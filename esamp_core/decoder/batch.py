@@ -16,7 +16,7 @@ from esamp_core.explorer import Rows
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 tensor of host numbers, without waiting for the device."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -48,7 +48,7 @@ class Receipt:
 def _to_host(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
     return host.copy_(tensor, non_blocking=True)
 
 

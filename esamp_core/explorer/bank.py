@@ -171,7 +171,7 @@ class DistillerBank:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: one row per leased group in every tensor, and the groups' names."""
-        slots = torch.tensor([lease.slot for lease in self.leases.values()], dtype=torch.long)
+        slots = torch.tensor([lease.slot for lease in self.leases.values()], dtype=torch.long, device="cpu")
         groups = [
             {"group": g, "next_sample_index": lease.next_sample_index, "last_used": lease.last_used}
             for g, lease in self.leases.items()

@@ -51,15 +51,16 @@ def start_weights(hidden_size: int, config: DistillerConfig) -> DistillerWeights
     generator = torch.Generator().manual_seed(config.seed)
 
     def matrices(inputs: int, outputs: int) -> Tensor:
-        weights = torch.empty(recipe.layers, inputs, outputs)
+        weights = torch.empty(recipe.layers, inputs, outputs, device="cpu")
         if recipe.affine:
             return weights.normal_(0, INIT_STD, generator=generator)
         bound = 1 / math.sqrt(inputs)
         return weights.uniform_(-bound, bound, generator=generator)
 
     up, gate, down = matrices(h, r), matrices(h, r), matrices(r, h)
-    bias = torch.full((recipe.layers, r), 1.0 if recipe.affine else 0.0)
-    return DistillerWeights(up, gate, down, bias, torch.ones(h), torch.zeros(h))
+    bias = torch.full((recipe.layers, r), 1.0 if recipe.affine else 0.0, device="cpu")
+    ones = torch.ones(h, device="cpu")
+    return DistillerWeights(up, gate, down, bias, ones, torch.zeros_like(ones))
 
 
 def predict(shallow: Tensor, weights: DistillerWeights, recipe: Recipe) -> Tensor:
