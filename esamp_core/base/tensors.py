@@ -240,13 +240,12 @@ class DistillerState(NamedTuple):
     """Everything that learning changes, per slot; updated in place by ``distiller_step_``."""
 
     weights: DistillerWeights
-    momentum: DistillerWeights | None  # float32, the shapes of weights
+    momentum: DistillerWeights | None  # float32, the shapes of weights; of recipes with Adam [S, 2, ...], both moments
     seed: Tensor  # int64 [S], keys the stochastic rounding of bfloat16 weights
     updates: Tensor  # int64 [S], steps made
     loss: Tensor  # float32 [S], relative squared error of the latest step, before it
     first_loss: Tensor  # float32 [S], of the first step
     nonfinite: Tensor  # int64 [S], steps skipped because the loss was not finite
-    second_moment: DistillerWeights | None = None  # float32, the shapes of weights; of recipes that use Adam
 
 
 class Gauge(NamedTuple):

@@ -83,8 +83,8 @@ class DistillerBank:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Device memory of one slot: weights, and their optimizer's moments where it has some."""
-        tensors = [*self.state.weights, *(self.state.momentum or ()), *(self.state.second_moment or ())]
+        """Device memory of one slot: weights, and momentum where it is used."""
+        tensors = [*self.state.weights, *(self.state.momentum or ())]
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
     def acquire(self, groups: Iterable[Hashable], retain: bool) -> set[Hashable]:
@@ -131,8 +131,8 @@ class DistillerBank:
             weights[slot].copy_(start)
         for column, start in zip(self.gauge, self.start.gauge, strict=True):
             column[slot].copy_(start)
-        for moment in (*(self.state.momentum or ()), *(self.state.second_moment or ())):
-            moment[slot].zero_()
+        for velocity in self.state.momentum or ():
+            velocity[slot].zero_()
         self.state.seed[slot] = as_int64(seed)
         self.state.updates[slot] = 0
         self.state.nonfinite[slot] = 0
@@ -227,8 +227,6 @@ class DistillerBank:
         named = {f"weights.{k}": t for k, t in state.weights._asdict().items()}
         if state.momentum is not None:
             named |= {f"momentum.{k}": t for k, t in state.momentum._asdict().items()}
-        if state.second_moment is not None:
-            named |= {f"second_moment.{k}": t for k, t in state.second_moment._asdict().items()}
         if self.config.gated:
             named |= {f"gauge.{k}": t for k, t in self.gauge._asdict().items()}
         return named | {k: getattr(state, k) for k in ("seed", "updates", "loss", "first_loss", "nonfinite")}
@@ -245,17 +243,18 @@ def _empty_gauge(slots: int, hidden_size: int, device: torch.device) -> Gauge:
 
 
 def _empty_state(start: DistillerWeights, config: DistillerConfig, slots: int, device: torch.device) -> DistillerState:
-    def pool(dtype: torch.dtype | None = None) -> DistillerWeights:
-        return DistillerWeights(*(torch.zeros(slots, *t.shape, dtype=dtype or t.dtype, device=device) for t in start))
+    def pool(*shape: int, dtype: torch.dtype | None = None) -> DistillerWeights:
+        return DistillerWeights(*(torch.zeros(*shape, *t.shape, dtype=dtype or t.dtype, device=device) for t in start))
 
     def column(dtype: torch.dtype) -> Tensor:
         return torch.zeros(slots, dtype=dtype, device=device)
 
-    adam = config.published and RECIPES[config.recipe].adam
+    momentum = pool(slots, dtype=torch.float32) if config.momentum > 0 else None
+    if config.published and RECIPES[config.recipe].adam:
+        momentum = pool(slots, 2, dtype=torch.float32)
     return DistillerState(
-        weights=pool(),
-        momentum=pool(torch.float32) if config.momentum > 0 or adam else None,
-        second_moment=pool(torch.float32) if adam else None,
+        weights=pool(slots),
+        momentum=momentum,
         seed=column(torch.int64),
         updates=column(torch.int64),
         loss=column(torch.float32),

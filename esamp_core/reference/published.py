@@ -147,9 +147,9 @@ class Published:
         for name, grad in zip(recipe.trained, grads, strict=True):
             weight, grad = getattr(state.weights, name)[slot], grad * factor
             if recipe.adam:
-                assert state.momentum is not None and state.second_moment is not None
-                first, second = getattr(state.momentum, name)[slot], getattr(state.second_moment, name)[slot]
-                _adam_(weight, grad, first, second, state.updates[slot], lr, recipe.eps)
+                assert state.momentum is not None
+                moments = getattr(state.momentum, name)[slot]
+                _adam_(weight, grad, moments[0], moments[1], state.updates[slot], lr, recipe.eps)
             else:
                 weight.sub_(lr * grad)
 
