@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
 import random
 import re
@@ -16,6 +17,7 @@ import torch
 from bench import bed, bed_table
 from bench.bed_tasks import RULES, WORK, Work, pool_of
 from bench.quality_decode import Batch
+from bench.results import load
 from bench.samplers import Explored
 from esamp_core.base.errors import ArgumentError
 
@@ -161,6 +163,21 @@ def test_tables_by_hand() -> None:
     assert "+3.1 [" in row and "+50.0 [" in row
     assert "| min-p .05 | 31.2 |" in text and "Vendi" in text
     assert "Pass@1 of min-p .05 | 31.2" in text
+
+
+def test_a_pack_takes_the_longest_run_of_a_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    runs = [
+        fake("min-p .05", "gcd", "few-shot", [1, 2]), fake("min-p .05", "gcd", "few-shot", [1, 2, 3]),
+        fake("min-p .05", "gcd", "few-shot", [4, 5, 6], seed=1), fake("other", "gcd", "few-shot", [7, 8]),
+    ]  # fmt: skip
+    for number, one in enumerate(runs):
+        for item in one["items"]:
+            item["answers"] = ["x"] * 16
+        (tmp_path / "runs" / f"{number}.json").write_text(json.dumps(one))
+    bed.pack(tmp_path, tmp_path / "packed.json")
+    found = load(tmp_path / "packed.json")["cases"]
+    assert [[item["correct"] for item in one["items"]] for one in found] == [[1, 2, 3], [4, 5, 6], [7, 8]]
 
 
 def test_units_have_files_of_their_own() -> None:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from bench.quality_decode import Batch, Run, Setting, Step, decode, request_seeds
 from bench.quality_plan import BASE, BASE_PARAMS, choice, esamp, kernel, ridge, with_arithmetic, with_rounds
 from bench.quality_tasks import CountdownTask, Source, disjoint_problems, load_source
-from bench.samplers import ArithmeticDraw, Explored, Filter, Plain
+from bench.samplers import ArithmeticDraw, Explored, Filter, Plain, forget
 from esamp_core.sample import DistillerConfig, RowParams, SamplingParams, select_candidates
 
 
@@ -45,6 +45,7 @@ def step_of(setting: Setting, logits: torch.Tensor, index: int = 0) -> Step:
         (Filter(top_p=0.9), {"top_p": 0.9}),
         (Filter(temperature=1.5, min_p=0.05), {"temperature": 1.5, "min_p": 0.05}),
         (Filter(temperature=1.2, top_k=5, top_p=0.95), {"temperature": 1.2, "top_k": 5, "top_p": 0.95}),
+        (Filter(temperature=1.2, top_h=0.4), {"temperature": 1.2, "top_h": 0.4}),
     ],
 )
 def test_filters_leave_the_distribution_that_generate_draws_from(
@@ -67,6 +68,13 @@ def test_top_n_sigma_keeps_what_lies_within_n_standard_deviations() -> None:
     # Scaling logits and temperature together changes nothing, and neither does the temperature alone.
     hot = Filter(top_n_sigma=1.0, temperature=7.0)(logits, first=False)
     assert torch.isfinite(hot).equal(torch.isfinite(kept))
+
+
+def test_p_less_keeps_what_is_as_likely_as_two_equal_draws() -> None:
+    # .6 .3 .08 .02: two draws are equal with .4568; .3 .3 .2 .2: with .26.
+    logits = torch.tensor([[0.6, 0.3, 0.08, 0.02], [0.3, 0.3, 0.2, 0.2]]).log()
+    kept = Filter(p_less=True)(logits, first=False)
+    assert torch.isfinite(kept).tolist() == [[True, False, False, False], [True, True, False, False]]
 
 
 def test_fire_heats_the_first_token_alone() -> None:
@@ -291,6 +299,19 @@ def test_rows_that_have_finished_teach_nothing(source: Source) -> None:
     penalties[drawn[0]] = 2.0 * 1 / (1 + 1)
     expected = (-penalties).log_softmax(-1)[pick.token_ids]
     torch.testing.assert_close(pick.logprob, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shared_distiller_goes_on_until_it_is_forgotten(source: Source) -> None:
+    params = SamplingParams(min_p=0.05, beta=0.5)
+    shared = Explored("shared", params, DistillerConfig(gate=False), shared=True)
+
+    def drawn() -> torch.Tensor:
+        return decode(source, shared, prompts_of(source, 2), 3, request_seeds(0, 0, 2), 20).logprob
+
+    forget()
+    first, second = drawn(), drawn()
+    forget()
+    assert torch.equal(drawn(), first) and not torch.equal(second, first)
 
 
 def test_the_explorers_min_p_is_the_warpers() -> None:
