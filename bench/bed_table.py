@@ -98,44 +98,54 @@ def differences(one: Sampled, other: Sampled, column: Column, keys: Sequence[tup
 
 
 def markdown(runs: Sequence[Record]) -> str:
-    """All tables of a packed run."""
+    """All tables of a packed run.  A sampler that has not run all that the reference has is left out of a table."""
     names = list(dict.fromkeys(run["unit"]["sampler"] for run in runs))
     names.sort(key=lambda name: (name != REFERENCE, name.startswith("control"), name))
     found = {name: Sampled([run for run in runs if run["unit"]["sampler"] == name]) for name in names}
     kinds = {run["unit"]["work"]: (run["kind"], run["long"]) for run in runs}
-    common = [key for key in found[REFERENCE].items if all(key in sampled.items for sampled in found.values())]
-    solved = [key for key in common if kinds[key[0]][0] != "creative"]
-    spread = [key for key in common if kinds[key[0]][0] != "few-shot"]
+    keys = {kind: [key for key in found[REFERENCE].items if kinds[key[0]] == kind] for kind in set(kinds.values())}
+
+    def of(kind: str, long: bool) -> list[tuple[str, int]]:
+        return keys.get((kind, long), [])
+
     first = runs[0]
     where = first["machine"].get("gpu") or first["machine"]["cpu"]
     siblings, seeds = first["items"][0]["siblings"], len({run["unit"]["seed"] for run in runs})
-    kinds_of_work = len({work for work, _ in common})
+    works = len({work for work, _ in found[REFERENCE].items})
     parts = [
-        f"SmolLM2-135M-Instruct, {first['unit']['pool']} pool, {len(common)} items of {kinds_of_work} kinds of "
-        f"work, {siblings} siblings, {seeds} seed(s); {where}, torch {first['versions']['torch']}, commit "
-        f"{first['commit']}. Differences are from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: "
-        "zero is outside.",
+        f"SmolLM2-135M-Instruct, {first['unit']['pool']} pool, {len(found[REFERENCE].items)} items of {works} "
+        f"kinds of work, {siblings} siblings, {seeds} seed(s); {where}, torch {first['versions']['torch']}, "
+        f"{sum(run['seconds'] for run in runs) / 60:.0f} minutes of a core, commit {first['commit']}. Differences are "
+        f"from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: zero is outside.",
     ]
-    for title, keys, columns, compared in (
-        ("Work that a program grades", solved, SOLVED, (0, 2, 3)),
-        ("Answers of 150 tokens and more, of these", [k for k in solved if kinds[k[0]][1]], SOLVED, (2, 3)),
+    short = of("few-shot", False) + of("chat", False)
+    spread = of("chat", False) + of("chat", True) + of("creative", True) + of("creative", False)
+    for title, section, columns, compared in (
+        ("Short answers that a program grades", short, SOLVED, (0, 2, 3)),
+        ("Answers of 150 tokens and more that a program grades", of("chat", True), SOLVED, (0, 2, 3)),
         ("Chat and creative work", spread, SPREAD, (0, 3)),
     ):
-        if not keys:
+        if not section:
             continue
         head = ["sampler", *(c[0] for c in columns), *(f"{columns[i][0]} - {REFERENCE}" for i in compared)]
         rows = []
         for name, sampled in found.items():
-            numbers = [c[2].format(np.mean(sampled.of(c, keys))) for c in columns]
-            against = [differences(sampled, found[REFERENCE], columns[i], keys) for i in compared]
+            if not all(key in sampled.items for key in section):
+                continue
+            numbers = [c[2].format(np.mean(sampled.of(c, section))) for c in columns]
+            against = [differences(sampled, found[REFERENCE], columns[i], section) for i in compared]
             rows.append([name, *numbers, *(against if name != REFERENCE else ["" for _ in compared])])
-        parts += [f"**{title}** ({len(keys)} items):", grid(head, rows)]
-    works = list(dict.fromkeys(work for work, _ in solved))
-    rows = []
-    for name, sampled in found.items():
-        means = [np.mean(sampled.of(SOLVED[2], [k for k in solved if k[0] == work])) for work in works]
-        rows.append([name, *(f"{mean:.0f}" for mean in means)])
-    chances = [np.mean(found[REFERENCE].of(SOLVED[0], [k for k in solved if k[0] == work])) for work in works]
-    rows.append([f"Pass@1 of {REFERENCE}", *(f"{chance:.1f}" for chance in chances)])
-    parts += ["**Pass@16, % of each kind of work:**", grid(["sampler", *works], rows)]
-    return "\n\n".join(parts)
+        parts += [f"**{title}** ({len(section)} items):", grid(head, rows)]
+    return "\n\n".join([*parts, "**Pass@16, % of each kind of work:**", _by_work(found, short + of("chat", True))])
+
+
+def _by_work(found: dict[str, Sampled], solved: Sequence[tuple[str, int]]) -> str:
+    """Pass@16 of each sampler and kind of work, as far as it was run."""
+    works = {work: [key for key in solved if key[0] == work] for work, _ in solved}
+
+    def cell(sampled: Sampled, column: Column, keys: Sequence[tuple[str, int]], form: str) -> str:
+        return format(np.mean(sampled.of(column, keys)), form) if all(key in sampled.items for key in keys) else ""
+
+    rows = [[name, *(cell(s, SOLVED[2], keys, ".0f") for keys in works.values())] for name, s in found.items()]
+    chances = [cell(found[REFERENCE], SOLVED[0], keys, ".1f") for keys in works.values()]
+    return grid(["sampler", *works], [*rows, [f"Pass@1 of {REFERENCE}", *chances]])

@@ -155,6 +155,7 @@ def test_tables_by_hand() -> None:
         fake("min-p .05", "gcd", "few-shot", [0, 0, 4, 16]), fake("better", "gcd", "few-shot", [1, 1, 4, 16]),
         fake("min-p .05", "creative", "creative", [0, 0]), fake("better", "creative", "creative", [0, 0]),
         fake("better", "lcm", "few-shot", [16]),  # which min-p has not run: left out
+        fake("cut", "gcd", "few-shot", [16, 16, 16]),  # which has not run all: in no table
     ]  # fmt: skip
     text = bed_table.markdown(runs)
     assert "6 items of 2 kinds" in text and "| better | 34.4 |" in text
@@ -162,7 +163,7 @@ def test_tables_by_hand() -> None:
     # Pass@1 +1/16 of two of four items; Pass@16 100 points of two of four.
     assert "+3.1 [" in row and "+50.0 [" in row
     assert "| min-p .05 | 31.2 |" in text and "Vendi" in text
-    assert "Pass@1 of min-p .05 | 31.2" in text
+    assert "Pass@1 of min-p .05 | 31.2" in text and text.count("| cut |") == 1 and "| cut |  |" in text
 
 
 def test_a_pack_takes_the_longest_run_of_a_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
