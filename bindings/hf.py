@@ -228,9 +228,11 @@ class Exploration(ModelContext):
         criteria = loop.stopping_criteria
         device = self._parts.device
         eos = [
-            torch.as_tensor(c.eos_token_id, device=device).reshape(-1) for c in criteria if hasattr(c, "eos_token_id")
+            torch.as_tensor(c.eos_token_id, dtype=torch.int64, device=device).reshape(-1)
+            for c in criteria
+            if hasattr(c, "eos_token_id")
         ]
-        skips = torch.tensor([g is None for g in groups], device=device)
+        skips = torch.tensor([g is None for g in groups], dtype=torch.bool, device=device)
         counters = {group: itertools.count() for group in groups}
         rows = explorer.open(
             # Rows with beta 0 do not use what a Distiller has learned.

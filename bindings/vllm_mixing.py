@@ -246,7 +246,7 @@ class _Batch:
         self._generation += 1
         self._seen: tuple[list[int], list[Request | None]] | None = None  # the batch that was spread last
         self._spread: Rows | None = None
-        self.fed = self.sequence = torch.empty(0, device="cpu")
+        self.fed = self.sequence = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def update(
         self,

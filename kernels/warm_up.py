@@ -38,7 +38,7 @@ def warm_up(
     width = min(max_candidates, vocab_size)
     # What is compiled does not depend on values: rows without a token take the shortest way through every kernel.
     logits = torch.full((2, vocab_size), float("-inf"), device=device, dtype=dtype)
-    one, zero = torch.ones(2, device=device), torch.zeros(2, device=device)
+    one, zero = (torch.full((2,), value, device=device, dtype=torch.float32) for value in (1.0, 0.0))
     count = torch.zeros(2, device=device, dtype=torch.int64)
     direction = torch.zeros(2, hidden_size, device=device, dtype=direction_dtype)
     codes = torch.zeros(2, 2, device=device, dtype=torch.float64)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,12 @@ class RowParams(NamedTuple):
     ) -> RowParams:
         """From one SamplingParams for all rows, one per row, or tensors (0-d or [R])."""
         if isinstance(params, RowParams):
-            given = [c if isinstance(c, Tensor) else torch.tensor(c, device=device) for c in params]
+            values: Sequence[Any] = params
+            given = [
+                c if isinstance(c, Tensor)
+                else torch.tensor(c, dtype=torch.float32 if isinstance(c, float) else None, device=device)
+                for c in values
+            ]  # fmt: skip
             for name, column in zip(RowParams._fields, given, strict=True):
                 if tuple(column.shape) not in ((), (rows,)):
                     raise ArgumentError(f"params.{name} must be a scalar or [{rows}], got {tuple(column.shape)}")
@@ -135,7 +140,10 @@ class RowParams(NamedTuple):
                     raise ArgumentError(f"params.{name} must be {kind}, got {column.dtype}")
             columns = [c.expand(rows) for c in given]
         elif isinstance(params, SamplingParams):
-            columns = [torch.full((rows,), getattr(params, f), device=device) for f in RowParams._fields]
+            columns = [
+                torch.full((rows,), getattr(params, name), dtype=dtype, device=device)
+                for name, dtype in RowParams.dtypes().items()
+            ]
         else:
             if not isinstance(params, Sequence):
                 raise ArgumentError(f"params must be SamplingParams, one or per row, or RowParams, got {params!r}")
@@ -144,9 +152,17 @@ class RowParams(NamedTuple):
             for p in params:
                 if not isinstance(p, SamplingParams):
                     raise ArgumentError(f"params must hold SamplingParams, got {type(p).__name__}")
-            columns = [torch.tensor([getattr(p, f) for p in params], device=device) for f in RowParams._fields]
+            columns = [
+                torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+                for name, dtype in RowParams.dtypes().items()
+            ]
         temperature, top_k, top_p, min_p, beta = columns
         return RowParams(temperature.float(), top_k.long(), top_p.float(), min_p.float(), beta.float())
+
+    @staticmethod
+    def dtypes() -> dict[str, torch.dtype]:
+        """Of each column, whatever torch's default is."""
+        return {name: torch.int64 if name == "top_k" else torch.float32 for name in RowParams._fields}
 
     def take(self, rows: Tensor) -> RowParams:
         return RowParams(*(column[rows] for column in self))

@@ -41,7 +41,7 @@ class Calibration(NamedTuple):
 
 def _forward(shallow: Tensor, weights: DistillerWeights, scale: float) -> Activations:
     groups = group_rows(torch.zeros(len(shallow), dtype=torch.int64, device="cpu"), 1)
-    slots, size = DistillerWeights(*(w[None] for w in weights)), torch.tensor(scale, device="cpu")
+    slots, size = DistillerWeights(*(w[None] for w in weights)), torch.tensor(scale, dtype=torch.float32, device="cpu")
     return distiller_forward(shallow, groups, slots, size)
 
 

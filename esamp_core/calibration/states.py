@@ -54,8 +54,10 @@ def collect(parts: ModelParts, sequences: list[DrawnSequence], on_batch: Callabl
         for batch in _batches(sorted(sequences, key=lambda s: -len(s[1]) - len(s[2]))):
             ids = [prompt + drawn[:-1] for _, prompt, drawn in batch]
             longest = max(map(len, ids))
-            tokens = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=parts.device)
-            mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids], device=parts.device)
+            tokens = torch.tensor([i + [0] * (longest - len(i)) for i in ids], dtype=torch.int64, device=parts.device)
+            mask = torch.zeros_like(tokens)
+            for row, i in enumerate(ids):
+                mask[row, : len(i)] = 1
             tapped = taps.states(tokens, mask)
             for row, (_, prompt, _) in enumerate(batch):
                 used = slice(len(prompt) - 1, len(ids[row]))

@@ -92,14 +92,14 @@ def retried(problem: Problem, wrong: list[list[str]], right: list[str]) -> Seque
 def to_tensors(sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     """Token ids (right-padded) and labels (IGNORE where nothing is learned), both [n, longest] int64."""
     length = PROMPT_TOKENS + max(len(sequence.words) for sequence in sequences)
-    ids = torch.full((len(sequences), length), TOKEN_ID[PAD], device="cpu")
-    labels = torch.full((len(sequences), length), IGNORE, device="cpu")
+    ids = torch.full((len(sequences), length), TOKEN_ID[PAD], dtype=torch.int64, device="cpu")
+    labels = torch.full((len(sequences), length), IGNORE, dtype=torch.int64, device="cpu")
     for row, sequence in enumerate(sequences):
         completion = [TOKEN_ID[word] for word in sequence.words]
         ends = PROMPT_TOKENS + len(completion)
-        ids[row, :ends] = torch.tensor(prompt_ids(sequence.problem) + completion, device="cpu")
+        ids[row, :ends] = torch.tensor(prompt_ids(sequence.problem) + completion, dtype=torch.int64, device="cpu")
         kept = [token if learned else IGNORE for token, learned in zip(completion, sequence.learned, strict=True)]
-        labels[row, PROMPT_TOKENS:ends] = torch.tensor(kept, device="cpu")
+        labels[row, PROMPT_TOKENS:ends] = torch.tensor(kept, dtype=torch.int64, device="cpu")
     return ids, labels
 
 

@@ -95,7 +95,8 @@ def sample_words(
     at_a_time = max(1, rows // samples)
     for start in range(0, len(problems), at_a_time):
         batch = problems[start : start + at_a_time]
-        prompts = torch.tensor([prompt_ids(problem) for problem in batch], device="cpu").repeat_interleave(samples, 0)
+        prompts = torch.tensor([prompt_ids(problem) for problem in batch], dtype=torch.int64, device="cpu")
+        prompts = prompts.repeat_interleave(samples, 0)
         tokens = sample_tokens(model, prompts, max_new_tokens, temperature, generator).tolist()
         words = [[WORDS[token] for token in _until_end(row)] for row in tokens]
         found += [words[row : row + samples] for row in range(0, len(words), samples)]

@@ -164,7 +164,7 @@ def attempt_phase(config: TrainConfig, model: Any, sequences: tuple[Tensor, Tens
     """Phase 2: batches of sequences with the same number of attempts, each number as often as it occurs."""
     ids, labels = sequences
     groups = data.by_length(ids)
-    sizes = torch.tensor([float(len(group)) for _, group in groups], device="cpu")
+    sizes = torch.tensor([float(len(group)) for _, group in groups], dtype=torch.float32, device="cpu")
 
     def batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         length, group = groups[int(torch.multinomial(sizes, 1, generator=generator))]

@@ -72,7 +72,7 @@ class DistillerBank:
         self.state = _empty_state(self.start.weights, config, max_groups, device)
         self.gauge = _empty_gauge(max_groups, hidden_size, device)
         # NaN until known: a prediction in unknown units must not look like a number.
-        self.scale = torch.full((), self._known_scale(), device=device)
+        self.scale = torch.full((), self._known_scale(), dtype=torch.float32, device=device)
 
     def _known_scale(self) -> float:
         if self.config.published:
@@ -237,9 +237,10 @@ def _plain(config: DistillerConfig) -> dict[str, Any]:
 
 
 def _empty_gauge(slots: int, hidden_size: int, device: torch.device) -> Gauge:
-    zeros = torch.zeros(slots, device=device)
+    zeros = torch.zeros(slots, dtype=torch.float32, device=device)
     steps = torch.zeros(slots, dtype=torch.int64, device=device)
-    return Gauge(torch.zeros(slots, hidden_size, device=device), steps, zeros, zeros.clone(), zeros.clone())
+    mean = torch.zeros(slots, hidden_size, dtype=torch.float32, device=device)
+    return Gauge(mean, steps, zeros, zeros.clone(), zeros.clone())
 
 
 def _empty_state(start: DistillerWeights, config: DistillerConfig, slots: int, device: torch.device) -> DistillerState:

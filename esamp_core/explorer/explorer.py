@@ -75,7 +75,7 @@ class Explorer:
         self.head, self.neutral = head, neutral
         self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
         self.max_groups = max_groups
-        self._device = torch.empty(0, device=device).device if head is None else head.weight.device
+        self._device = torch.empty(0, dtype=torch.int64, device=device).device if head is None else head.weight.device
         self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
         self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
         self._backend_name = backend_name(self._device)

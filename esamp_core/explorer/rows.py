@@ -169,7 +169,7 @@ class Rows:
         def take(column: Tensor, other: Tensor) -> Tensor:
             return torch.cat([column, other.to(column.dtype)])[index]  # -1 is the last
 
-        zero = torch.zeros(1, device=self.seeds.device)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.seeds.device)
         return Rows(
             self.ledger,
             [self.entries[place] if place >= 0 else Row(None, -1, 0, False, False) for place in places],

@@ -58,9 +58,13 @@ def start_of(hidden_size: int, config: DistillerConfig, device: torch.device) ->
         weights, judged = _read_start(config.start, h, r)
     else:
         generator = torch.Generator().manual_seed(config.seed)
-        up, gate = (torch.randn(h, r, generator=generator, device="cpu") * INIT_STD for _ in range(2))
-        down, bias, norm_bias = (torch.zeros(shape, device="cpu") for shape in ((r, h), (r,), (h,)))
-        norm_weight = torch.full((h,), 0.0 if config.target == "choice" else 1.0, device="cpu")
+        up, gate = (
+            torch.randn(h, r, generator=generator, dtype=torch.float32, device="cpu") * INIT_STD for _ in range(2)
+        )
+        down, bias, norm_bias = (
+            torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in ((r, h), (r,), (h,))
+        )
+        norm_weight = norm_bias + (0.0 if config.target == "choice" else 1.0)
         weights = DistillerWeights(up, gate, down, bias + 1, norm_weight, norm_bias)
     weights = weights._replace(**{k: getattr(weights, k).to(config.weight_dtype) for k in ("up", "gate", "down")})
     if config.gated and judged is None and config.lr == 0:
@@ -70,15 +74,16 @@ def start_of(hidden_size: int, config: DistillerConfig, device: torch.device) ->
 
 
 def _unjudged(hidden_size: int) -> Gauge:
-    nothing, zero = (torch.tensor(value, device="cpu") for value in (math.nan, 0.0))
+    nothing, zero = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (math.nan, 0.0))
     return Gauge(zero.expand(hidden_size).clone(), zero.long(), nothing, nothing, zero)
 
 
 def _as_judged(judged: Judged) -> Gauge:
     """As after so many steps as the running means remember."""
-    error, baseline, steps = (
-        torch.tensor(value, device="cpu") for value in (judged.error, judged.baseline, WINDOW + 1)
+    error, baseline = (
+        torch.tensor(value, dtype=torch.float32, device="cpu") for value in (judged.error, judged.baseline)
     )
+    steps = torch.tensor(WINDOW + 1, dtype=torch.int64, device="cpu")
     return Gauge(judged.mean, steps, error, baseline, (1 - error / baseline).clamp_min(0))
 
 
@@ -109,7 +114,9 @@ def _read_start(path: str, hidden_size: int, rank: int) -> tuple[DistillerWeight
 
 def _sample(weight: Tensor) -> Tensor:
     """float32 [up to 16, up to 16]: some numbers of a head, by which a model is known again in any dtype."""
-    rows, columns = (torch.linspace(0, size - 1, min(size, 16), device="cpu").long() for size in weight.shape)
+    rows, columns = (
+        torch.linspace(0, size - 1, min(size, 16), dtype=torch.float32, device="cpu").long() for size in weight.shape
+    )
     return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
 
 

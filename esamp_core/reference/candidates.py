@@ -203,7 +203,7 @@ def _places(mask: Tensor) -> Tensor | None:
         return None
     rows, places = mask.nonzero(as_tuple=True)
     column = torch.arange(places.numel(), device=mask.device) - (counts.cumsum(0) - counts)[rows]
-    return torch.full((mask.shape[0], n), -1, device=mask.device).index_put_((rows, column), places)
+    return torch.full((mask.shape[0], n), -1, dtype=torch.int64, device=mask.device).index_put_((rows, column), places)
 
 
 def _narrow(logits: Tensor, params: RowParams, off: Tensor, filter_order: FilterOrder) -> _Near:

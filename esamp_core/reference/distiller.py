@@ -65,7 +65,7 @@ def _matrix(weights: Tensor, slot: int) -> Tensor:
 
 
 def distiller_scratch(weights: DistillerWeights, rows: int) -> Tensor:
-    return torch.empty(0, device=weights.up.device)  # these functions allocate as they go
+    return torch.empty(0, dtype=torch.float32, device=weights.up.device)  # these functions allocate as they go
 
 
 def distiller_forward(

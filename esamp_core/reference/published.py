@@ -51,15 +51,15 @@ def start_weights(hidden_size: int, config: DistillerConfig) -> DistillerWeights
     generator = torch.Generator().manual_seed(config.seed)
 
     def matrices(inputs: int, outputs: int) -> Tensor:
-        weights = torch.empty(recipe.layers, inputs, outputs, device="cpu")
+        weights = torch.empty(recipe.layers, inputs, outputs, dtype=torch.float32, device="cpu")
         if recipe.affine:
             return weights.normal_(0, INIT_STD, generator=generator)
         bound = 1 / math.sqrt(inputs)
         return weights.uniform_(-bound, bound, generator=generator)
 
     up, gate, down = matrices(h, r), matrices(h, r), matrices(r, h)
-    bias = torch.full((recipe.layers, r), 1.0 if recipe.affine else 0.0, device="cpu")
-    ones = torch.ones(h, device="cpu")
+    bias = torch.full((recipe.layers, r), 1.0 if recipe.affine else 0.0, dtype=torch.float32, device="cpu")
+    ones = torch.ones(h, dtype=torch.float32, device="cpu")
     return DistillerWeights(up, gate, down, bias, ones, torch.zeros_like(ones))
 
 
@@ -81,7 +81,7 @@ class Published:
         self._recipe = RECIPES[config.recipe]
 
     def distiller_scratch(self, weights: DistillerWeights, rows: int) -> Tensor:
-        return torch.empty(0, device=weights.up.device)
+        return torch.empty(0, dtype=torch.float32, device=weights.up.device)
 
     def distiller_forward(
         self, shallow: Tensor, groups: RowGroups, weights: DistillerWeights, scale: Tensor, *,

@@ -46,7 +46,7 @@ def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transf
     local = token_ids - head.vocab_start
     present = (token_ids >= 0) & (local >= 0) & (local < head.vocab_size)
     local = local.clamp(0, head.vocab_size - 1)
-    dots = torch.zeros(rows, width, device=direction.device)
+    dots = torch.zeros(rows, width, dtype=torch.float32, device=direction.device)
     used = present.any(0).nonzero()[:, 0]  # columns that some row has a candidate in
     chunk = max(1, _SCORE_CHUNK // max(1, used.numel() * head.hidden_size))
     for start in range(0, rows, chunk):
@@ -223,7 +223,7 @@ def _by_code(
 
 def _base_logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
     """[R]: log-probability of one token per row under the whole vocabulary at temperature 1."""
-    parts = [torch.zeros(0, device=logits.device)]
+    parts = [torch.zeros(0, dtype=torch.float32, device=logits.device)]
     for part in row_chunks(logits.shape[0], logits.shape[1], logits.device):
         x, _ = clean_logits(logits[part])
         total = log_sum_exp(x)
