@@ -112,11 +112,12 @@ def markdown(runs: Sequence[Record]) -> str:
     where = first["machine"].get("gpu") or first["machine"]["cpu"]
     siblings, seeds = first["items"][0]["siblings"], len({run["unit"]["seed"] for run in runs})
     works = len({work for work, _ in found[REFERENCE].items})
+    commits = dict.fromkeys(run["commit"] for run in runs)  # a run may be continued by a later one
     parts = [
         f"SmolLM2-135M-Instruct, {first['unit']['pool']} pool, {len(found[REFERENCE].items)} items of {works} "
         f"kinds of work, {siblings} siblings, {seeds} seed(s); {where}, torch {first['versions']['torch']}, "
-        f"{sum(run['seconds'] for run in runs) / 60:.0f} minutes of a core, commit {first['commit']}. Differences are "
-        f"from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: zero is outside.",
+        f"{sum(run['seconds'] for run in runs) / 60:.0f} minutes of a core, commit {', '.join(commits)}. Differences "
+        f"are from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: zero is outside.",
     ]
     short = of("few-shot", False) + of("chat", False)
     spread = of("chat", False) + of("chat", True) + of("creative", True) + of("creative", False)
