@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from esamp_core.bindings.hf import explore
 from esamp_core.decoder import Decoder, Generation, generate
@@ -94,8 +95,6 @@ def test_groups_are_checked(groups: Any, named: str) -> None:
 
 @pytest.mark.parametrize("apply", ["candidates", "latent"])
 def test_named_groups_of_generate_go_on_with_an_explorer_that_stays(apply: Any) -> None:
-    import torch
-
     model, explorer = build("llama"), own()
     ids = torch.tensor([PROMPTS[0]])
     updates = []
