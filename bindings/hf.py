@@ -99,6 +99,11 @@ def explore(
         raise ArgumentError(f"beta and seed must be within params where these are given, got {beta=}, {seed=}")
     if explorer is not None and (config is not None or neutral):
         raise ArgumentError("config and neutral must be left out when an explorer is given, which has its own")
+    if any(p.distinct for p in ([params] if isinstance(params, SamplingParams) else params or ())):
+        raise ArgumentError(
+            "params.distinct must be None or False: generate owns the cache, whose rows would have to change places; "
+            "esamp_core.generate draws distinct siblings"
+        )
     check_options(filter_order, max_candidates)
     parts = find_parts(model, shallow_layer)
     base = SamplingParams(beta=SamplingParams.beta if beta is None else beta, seed=seed)

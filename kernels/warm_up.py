@@ -28,10 +28,12 @@ def warm_up(
     distiller_dtype: torch.dtype = torch.float32,
     momentum: bool = False,
     neutral: bool = False,
+    siblings: int = 16,
 ) -> None:
     """Compile the kernels for logits [*, vocab_size] of `dtype` and this head, both filter orders, with and without
     model logits, active mask and codes.  weight: lm_head [V, H]; without one only the ops that need no head are
     compiled.  rank, distiller_dtype, momentum: of the Distiller; without a rank its kernels are left out.
+    siblings: how many are drawn without replacement at most; `children` is compiled anew for each power of 2 above 16.
     """
     if rank is not None:
         warm_up_distiller(hidden_size, rank, distiller_dtype, momentum, weight, center, device=device)
@@ -64,6 +66,9 @@ def warm_up(
             ids, chosen, kept, threshold, tie_id, status, chosen, chosen, logits, model_logits, one, one, count, count,
             used,
         )  # fmt: skip
+    ops.children_op(
+        ids, chosen, threshold, tie_id, status, chosen, chosen, logits, one, count, count, count, one, one, siblings
+    )
     if weight is not None:
         for transform in (True, False):
             ops.score_op(direction, weight, ids, bias, center, scale, softcap, clip, 0, transform)

@@ -131,7 +131,7 @@ def products(case: DistillerCase, kernel: Any) -> int:
 
 
 def launch_sampling(case: Case) -> None:
-    """The kernels of `explore`, and of the ops that it is fused from."""
+    """The kernels of `explore`, of the ops that it is fused from, and of siblings drawn without replacement."""
     rows, config = 16, case.config
     logits = torch.empty(rows, case.vocab, dtype=case.dtype)
     one = torch.empty(rows)
@@ -158,6 +158,12 @@ def launch_sampling(case: Case) -> None:
     ops.draw_triton(
         ids, chosen, number, status, logits, scan, tail, one, one, number, number, config, new=chosen, novelty=chosen
     )
+    for children in (4, 64, 1024):
+        config = config_for(case.target, case.vocab, 0, max(case.width, children), case.dtype.itemsize)
+        ops.children_triton(
+            ids, chosen, one, number, status, chosen, chosen, logits, one, number, number, number, one, one, config,
+            width=children,
+        )  # fmt: skip
 
 
 def compiled_by(case: Case | DistillerCase) -> list[Launch]:
@@ -259,7 +265,7 @@ def main() -> int:
             for target, names in zip(wanted, pool.map(cold, wanted), strict=True):
                 print(f"{target}: {len(names)} kernels compiled after warm_up", *sorted(names))
                 faults += [f"{name} on {target} compiled after warm_up" for name in names]
-    missing = {"block_max", "select", "beyond", "tail"} - read_logits
+    missing = {"block_max", "select", "beyond", "tail", "children"} - read_logits
     if "sampling" in kinds and missing and any(target.startswith("sm") for target in wanted):
         faults.append(f"no load of logits found in {missing}")
     print(f"{len(faults)} faults, {time.perf_counter() - start:.0f} s", *faults[-1:])

@@ -14,6 +14,7 @@ from esamp_core import reference
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.philox import gumbel, token_bits
 from esamp_core.base.tensors import Candidates, Draw, Head, RowParams, Status
+from esamp_core.reference.candidates import filter_temperature
 
 T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -147,7 +148,7 @@ def close_call(candidates: Candidates, new: Tensor, params: RowParams, seed: Ten
     """bool [R]: rows whose two best perturbed scores, among the listed candidates, are within 1e-4."""
     greedy = params.temperature == 0
     noise = gumbel(token_bits(seed, position, candidates.token_ids.clamp_min(0)))
-    z = new / reference.filter_temperature(params) + noise
+    z = new / filter_temperature(params) + noise
     z = torch.where(greedy[:, None], new, z).masked_fill(candidates.token_ids < 0, float("-inf"))
     if z.shape[1] < 2:
         return torch.zeros(len(z), dtype=torch.bool)

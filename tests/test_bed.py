@@ -142,7 +142,7 @@ def test_a_record_by_hand() -> None:
 def fake(sampler: str, work: str, kind: str, correct: list[int], seed: int = 0, long: bool = False) -> dict[str, Any]:
     item = {
         "distinct": 4, "distinct_4": 0.5, "base_logprob": -1.0, "repeated_4": 0.1, "kl": 0.2, "vendi": 2.0,
-        "similarity": 0.5, "siblings": 16,
+        "similarity": 0.5, "siblings": 16, "tokens": 30,
     }  # fmt: skip
     unit = {"sampler": sampler, "work": work, "pool": "tune", "items": len(correct), "seed": seed}
     return {
@@ -158,13 +158,34 @@ def test_tables_by_hand() -> None:
         fake("better", "lcm", "few-shot", [16]),  # which min-p has not run: left out
         fake("cut", "gcd", "few-shot", [16, 16, 16]),  # which has not run all: in no table
     ]  # fmt: skip
-    text = bed_table.markdown(runs)
+    text = bed_table.markdown(runs, "better")
     assert "6 items of 2 kinds" in text and "| better | 34.4 |" in text
-    (row,) = (line for line in text.split("\n") if line.startswith("| better | 34.4"))
+    row, again = (line for line in text.split("\n") if line.startswith("| better | 34.4"))
+    assert row == again  # all that is graded, and the short ones, which are all
     # Pass@1 +1/16 of two of four items; Pass@16 100 points of two of four.
     assert "+3.1 [" in row and "+50.0 [" in row
     assert "| min-p .05 | 31.2 |" in text and "Vendi" in text
     assert "Pass@1 of min-p .05 | 31.2" in text and text.count("| cut |") == 1 and "| cut |  |" in text
+
+    (row,) = (line for line in text.split("\n") if line.startswith("| gcd | 4 |"))
+    assert row.startswith("| gcd | 4 | 100.0 | 50.0 | 2 | 0 | +50.0 [")
+    assert row.endswith("| 0.500 | 0.500 |")
+
+
+def test_passes_of_samples_in_the_order_of_their_drawing() -> None:
+    """Of a nested set the first k; of others any k, by the unbiased estimator."""
+    right = [False, True] + [False] * 14
+    nested = {"siblings": 16, "correct": 1, "right": right, "nested": True}
+    assert [bed_table.passed(nested, k) for k in (1, 2, 4, 16)] == [0.0, 1.0, 1.0, 1.0]
+    assert bed_table.passed({"siblings": 16, "correct": 1}, 4) == pytest.approx(0.25)
+
+
+def test_sign_tests_and_their_correction() -> None:
+    assert bed_table.sign_test(0, 0) == 1.0 and bed_table.sign_test(3, 3) == 1.0
+    assert bed_table.sign_test(6, 0) == bed_table.sign_test(0, 6) == pytest.approx(2 / 64)
+    assert bed_table.sign_test(1, 4) == pytest.approx(2 * 6 / 32)
+    assert bed_table.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert bed_table.holm([]) == []
 
 
 def test_a_pack_takes_the_longest_run_of_a_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +198,7 @@ def test_a_pack_takes_the_longest_run_of_a_work(tmp_path: Path, monkeypatch: pyt
         for item in one["items"]:
             item["answers"] = ["x"] * 16
         (tmp_path / "runs" / f"{number}.json").write_text(json.dumps(one))
-    bed.pack(tmp_path, tmp_path / "packed.json")
+    bed.pack(tmp_path, "tune", tmp_path / "packed.json")
     found = load(tmp_path / "packed.json")["cases"]
     assert [[item["correct"] for item in one["items"]] for one in found] == [[1, 2, 3], [4, 5, 6], [7, 8]]
 

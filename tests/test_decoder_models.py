@@ -207,8 +207,9 @@ def test_shallow_layer_is_the_output_of_that_block(layer: int) -> None:
     torch.testing.assert_close(step["shallow"], plain["shallow"][-1], atol=1e-4, rtol=1e-4)
 
 
-def test_hybrid_model_with_linear_attention() -> None:
-    """Layers that keep one state per row instead of keys and values."""
+@functools.cache
+def hybrid() -> Any:
+    """A model with layers that keep one state per row instead of keys and values."""
     linear = {
         "head_dim": 8,
         "linear_num_value_heads": 4,
@@ -226,7 +227,11 @@ def test_hybrid_model_with_linear_attention() -> None:
         model = hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**SIZES, **linear)).eval()
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    want = []
+    return model
+
+
+def test_hybrid_model_with_linear_attention() -> None:
+    model, want = hybrid(), []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         for _ in range(8):

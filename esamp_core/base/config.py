@@ -50,6 +50,10 @@ class SamplingParams:
     stratified: siblings opened together divide every distribution evenly among them (arithmetic sampling, Vilnis et
         al. 2023, arXiv 2210.15458): a beginning of probability p is drawn floor(n p) or ceil(n p) times by n siblings
         of equal parameters. Each sample alone keeps its distribution. Default False: independent draws.
+    distinct: siblings opened together are drawn without replacement (stochastic beam search, Kool et al. 2019, arXiv
+        1903.06059): no two of them draw the same tokens. The first is an ordinary sample, the others are what is left.
+        Rows then change places, so whoever owns the cache must follow (``Explorer.branch``). Default None: wherever
+        that is done and there are siblings, else False.
     """
 
     temperature: float = 1.0
@@ -59,6 +63,7 @@ class SamplingParams:
     beta: float = 0.1
     seed: int | None = None
     stratified: bool = False
+    distinct: bool | None = None
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -71,6 +76,10 @@ class SamplingParams:
         ok_seed = self.seed is None or (is_int(self.seed) and -(2**63) <= self.seed < 2**64)
         require(ok_seed, "seed", "be None or a 64-bit integer", self.seed)
         require(isinstance(self.stratified, bool), "stratified", "be True or False", self.stratified)
+        ok_distinct = self.distinct is None or isinstance(self.distinct, bool)
+        require(ok_distinct, "distinct", "be True, False or None", self.distinct)
+        excluded = "be None or False with temperature 0 and with stratified"
+        require(not (self.distinct and (t == 0 or self.stratified)), "distinct", excluded, self.distinct)
 
 
 class OptionalRate:

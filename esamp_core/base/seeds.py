@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError
 from esamp_core.base.philox import CODE_BELOW, DOMAIN_ROW_SEED, WORD_MASK, code_uniform, philox
+
+# Odd 64-bit numbers: the golden ratio's, another, and SplitMix64's two.
+_SPLIT = tuple(
+    x - 2**64 if x >= 2**63 else x
+    for x in (0x9E3779B97F4A7C15, 0xD1342543DE82EF95, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
@@ -22,6 +29,15 @@ def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prom
     params = params or SamplingParams()
     seed = _fresh_seed() if params.seed is None else params.seed
     return [replace(params, seed=(seed + i) % 2**64) for i in range(prompts)]
+
+
+def request_seeds(groups: Sequence[Hashable | None], params: Sequence[SamplingParams]) -> list[int]:
+    """Each row's request seed as an int64; a fresh one for each group, where none is given."""
+    fresh: dict[Hashable | None, int] = {}
+    return [
+        as_int64(fresh.setdefault(g, secrets.randbits(64)) if p.seed is None else p.seed)
+        for g, p in zip(groups, params, strict=True)
+    ]
 
 
 def _fresh_seed() -> int:
@@ -39,6 +55,23 @@ def row_seeds(request_seed: Tensor, sample_index: Tensor) -> Tensor:
     zero = torch.zeros_like(sample_index)
     low, high, _, _ = philox(sample_index & WORD_MASK, zero + DOMAIN_ROW_SEED, zero, zero, request_seed)
     return low | (high << 32)
+
+
+def branch_seed(seed: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
+    """int64 row seeds of rows that left their parent's best path with a token; all int64, the same shape.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood 2014): what is drawn after a beginning is a function of it alone.
+    """
+    x = seed + (position + 1) * _SPLIT[0] + (token_ids + 1) * _SPLIT[1]
+    for shift, factor in ((30, _SPLIT[2]), (27, _SPLIT[3]), (31, 1)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x
+
+
+def root_noise(seed: Tensor) -> Tensor:
+    """float64 [R]: standard Gumbel noise that a set of distinct siblings begins with (at position -1)."""
+    uniform = code_uniform(seed, torch.full_like(seed, -1))
+    return -torch.log(-torch.log(uniform.clamp_min(2.0**-54)))
 
 
 def stratified_codes(seed: Tensor, ordinal: Tensor, siblings: Tensor) -> Tensor:

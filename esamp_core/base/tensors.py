@@ -202,6 +202,38 @@ class Draw(NamedTuple):
     status: Tensor  # int32 [R], Status flags
 
 
+class Children(NamedTuple):
+    """The W continuations of every row that come first when its tokens are drawn without putting them back."""
+
+    token_ids: Tensor  # int64 [R, W], by perturbed descending, then id ascending; -1 where there are fewer
+    logprob: Tensor  # float32 [R, W], nats, under softmax(reweighted / temperature); -inf where there are fewer
+    perturbed: Tensor  # float32 [R, W], logprob plus the draw's Gumbel noise; -inf where there are fewer
+    novelty: Tensor  # float32 [R, W], logit units; 0 where the token was not scored
+
+
+class Tree(NamedTuple):
+    """What distinct siblings are chosen by: for each row, of all that it has drawn."""
+
+    logprob: Tensor  # float64 [R], nats
+    perturbed: Tensor  # float64 [R], its Gumbel-perturbed log-probability; -inf: nothing is in this row yet
+
+
+class Growth(NamedTuple):
+    """One step of distinct siblings: each row goes on from what row ``parent`` was."""
+
+    parent: Tensor  # int64 [R]
+    child: Tensor  # int64 [R], with which of the parent's children; -1: it has drawn nothing
+    tree: Tree
+    seed: Tensor  # int64 [R], row seeds of what they are now
+
+
+class Branch(NamedTuple):
+    """A draw of rows that change places."""
+
+    draw: Draw  # token_ids: what row r goes on with; -1, flagged INACTIVE, where it has ended or holds nothing yet
+    parent: Tensor  # int64 [R]: row r goes on from what row parent[r] was
+
+
 class DistillerWeights(NamedTuple):
     """One Distiller per slot: ``y = x + ((x up) * silu(x gate + gate_bias)) down``, ``pred = s * LayerNorm(y)``."""
 

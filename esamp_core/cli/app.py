@@ -82,6 +82,9 @@ def generate(
     stratified: Annotated[
         bool, typer.Option("--stratified", help="The n samples divide every distribution evenly among them.")
     ] = False,
+    distinct: Annotated[
+        bool | None, typer.Option("--distinct/--no-distinct", help="Draw the n samples without replacement; or not.")
+    ] = None,
     start: Annotated[
         Path | None, typer.Option(help="Start weights that `esamp calibrate` wrote for this model.")
     ] = None,
@@ -106,7 +109,8 @@ def generate(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, beta=beta)
-    params = replace(chosen.params, seed=seed, stratified=stratified, **{k: options[k] for k in given & options.keys()})
+    options |= dict(stratified=stratified, distinct=distinct)
+    params = replace(chosen.params, seed=seed, **{k: options[k] for k in given & options.keys()})
     config = DistillerConfig(
         recipe=chosen.config.recipe,
         rank=rank if "rank" in given else chosen.config.rank,

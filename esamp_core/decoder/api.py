@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -178,6 +179,9 @@ class Decoder:
             (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
             One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
             alone (stratified: and on n), not on the batch it ran in.  Default ``SamplingParams()``.
+            ``distinct``: the n samples of a prompt are drawn without replacement, so that all of them differ.  They
+            are numbered, and given to on_result, when all have ended; the first of them is the ordinary sample 0.
+            Filters may leave fewer: the others are then copies (``Generation.copy_of``).
         groups: one per prompt; prompts of equal ones share a Distiller, which goes on from one to the next, and with an
             explorer of yours from call to call. None: that prompt has none, and is sampled plainly. Default: each
             prompt has its own, which starts afresh and ends with it.
@@ -190,7 +194,8 @@ class Decoder:
             on CUDA where that is possible; where it is not, a warning says why, once per Decoder.  True: or raise.
             False: never.
         max_batch_rows: most rows at once, at least n.  Default 128, or n.
-        progress: show a bar.  on_token: called with every :class:`Token`, one step late.  on_result: called with each
+        progress: show a bar.  on_token: called with every :class:`Token`, one step late; not with distinct siblings,
+            of whose tokens none is certain before all have ended.  on_result: called with each
             :class:`Generation` as it finishes.
 
         Returns a list of :class:`Generation`, a prompt's samples side by side.  Raises ArgumentError, and
@@ -218,7 +223,12 @@ class Decoder:
         parts = self.parts
         self._graphs.ask(graph)
         read = read_prompts(prompts, self.tokenizer, attention_mask, parts.vocab_size, parts.context)
-        per_prompt = seeded_params(params, len(read))
+        per_prompt = [self._settled(p, n) for p in seeded_params(params, len(read))]
+        distinct = any(p.distinct for p in per_prompt)
+        if distinct and on_token is not None:
+            raise ArgumentError(
+                "params.distinct must be False with on_token: which tokens a sample has is known at the end"
+            )
         named = [("prompt", i) for i in range(len(read))] if groups is None else check_hashables("groups", groups)
         if len(named) != len(read):
             raise ArgumentError(f"groups must be one per prompt ({len(read)}), got {len(named)}")
@@ -261,6 +271,8 @@ class Decoder:
             self._graphs if cache == "static" else None,
             latent,
             retain=groups is not None,
+            # A sample that a stop string has ended must not go on in other rows.
+            prompt_host=distinct and bool(strings),
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.
@@ -272,6 +284,13 @@ class Decoder:
                 run.close()
                 output.close()
         return output.results()
+
+    def _settled(self, params: SamplingParams, n: int) -> SamplingParams:
+        """Whether a prompt's samples are distinct.  Raises ArgumentError."""
+        learns = (self.config if self._given is None else self._given.config).target
+        if params.distinct and learns != "deep":
+            raise ArgumentError(f"params.distinct must be False with target {learns!r}")
+        return replace(params, distinct=bool(params.distinct) and n > 1)
 
     def _check_first(self, tapped: Tapped, cache: Any) -> None:
         """Once per model: the forward uses what it is given, and the head that scores candidates is the model's."""

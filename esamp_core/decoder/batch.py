@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from esamp_core.base.tensors import Draw
+from esamp_core.decoder.kv_cache import reorder_columns
 from esamp_core.decoder.results import Drawn, RunningSample
 from esamp_core.explorer import Rows
 
@@ -20,17 +21,25 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+class Step(NamedTuple):
+    """What a step gave."""
+
+    draw: Draw
+    parent: Tensor | None  # int64 [R]: which row each goes on from, where distinct siblings change places
+
+
 class Receipt:
     """The tokens of one step on their way to the host.
 
     Made right after the step, on its stream: a captured step overwrites its results when it is replayed.
     """
 
-    def __init__(self, samples: Sequence[RunningSample], draw: Draw) -> None:
-        self.samples = tuple(samples)
+    def __init__(self, samples: Sequence[RunningSample], step: Step, rows: Rows) -> None:
+        self.samples, draw = tuple(samples), step.draw
         numbers = torch.stack([draw.logprob, draw.base_logprob, draw.novelty, draw.kl])
         self._integers = _to_host(torch.stack([draw.token_ids, draw.count, draw.status.long()]))
         self._numbers = _to_host(numbers)
+        self._places = None if step.parent is None else (_to_host(step.parent), _to_host(rows.tree.perturbed))
         self._arrived: Any = None
         if numbers.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -43,6 +52,13 @@ class Receipt:
         token_ids, count, status = self._integers.tolist()
         logprob, base_logprob, novelty, kl = self._numbers.tolist()
         return list(map(Drawn, token_ids, logprob, base_logprob, novelty, kl, count, status))
+
+    def places(self) -> tuple[list[int], list[float]] | None:
+        """After ``read``, where the batch has distinct siblings: each row's parent, and what they are ordered by."""
+        if self._places is None:
+            return None
+        parent, perturbed = self._places
+        return parent.tolist(), perturbed.tolist()
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -70,6 +86,7 @@ class Batch:
     columns: int | None = None  # of a static cache
 
     def __post_init__(self) -> None:
+        self._prompt_columns = self.length
         self._pad_columns()
 
     def _pad_columns(self) -> None:
@@ -88,7 +105,7 @@ class Batch:
     def can_draw(self) -> bool:
         """Whether any row may still draw, as far as the host knows without looking at tokens."""
         return any(
-            sample.finish_reason is None
+            not sample.done
             # A row with c columns has drawn c - prompt + 1 tokens, the last of which is not in the cache yet.
             and self.length - pad - len(sample.prompt.token_ids) + 1 < sample.prompt.budget
             for sample, pad in zip(self.samples, self.pads, strict=True)
@@ -103,8 +120,16 @@ class Batch:
     def _mask(self, columns: int) -> Tensor:
         return (torch.arange(columns, device=self.tokens.device) >= self._pads[:, None]).long()
 
-    def advance(self, draw: Draw, stop_ids: Tensor, pad_id: int) -> None:
+    def advance(self, step: Step, stop_ids: Tensor, pad_id: int) -> None:
         """Take a step's tokens in: who is finished, what is fed next.  Nothing here waits for the device."""
+        draw, parent = step
+        if parent is not None:
+            self.remaining.copy_(self.remaining[parent])
+            self.positions.copy_(self.positions[parent])
+            if self.columns is None:
+                self.cache.reorder_cache(parent)
+            else:
+                reorder_columns(self.cache, parent, self._prompt_columns)
         stop = (draw.token_ids[:, None] == stop_ids).any(-1) | (draw.token_ids < 0)
         self.remaining.sub_(1)
         self.rows.active.logical_and_(~stop & (self.remaining > 0))

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from esamp_core.base.errors import ArgumentError, UnsupportedModelError
-from esamp_core.base.tensors import Draw
+from esamp_core.decoder.batch import Step
 from esamp_core.decoder.kv_cache import host_state
 from esamp_core.explorer import Explorer
 
@@ -118,14 +118,14 @@ class GraphPolicy:
 class WaveSteps:
     """The decode steps of one wave: one rehearsed, one captured, the others replayed; or all of them eager."""
 
-    def __init__(self, step: Callable[[], Draw], cache: Any, explorer: Explorer, policy: GraphPolicy) -> None:
+    def __init__(self, step: Callable[[], Step], cache: Any, explorer: Explorer, policy: GraphPolicy) -> None:
         self._step, self._cache, self._explorer, self._policy = step, cache, explorer, policy
         self._graph = policy.graph()
         self._steady: tuple[object, ...] | None = None  # the Explorer's state between two of these steps
         self._captured = False
-        self._draw: Draw | None = None
+        self._result: Step | None = None
 
-    def run(self) -> Draw:
+    def run(self) -> Step:
         """Enqueue one step.  With a graph the returned tensors are overwritten by the next one."""
         if self._graph is None:
             return self._step()
@@ -137,13 +137,13 @@ class WaveSteps:
         if not self._captured and not self._capture(self._graph):
             return self._step()
         self._graph.replay()
-        assert self._draw is not None
-        return self._draw
+        assert self._result is not None
+        return self._result
 
     def _once(self) -> None:
-        self._draw = self._step()
+        self._result = self._step()
 
-    def _rehearse(self, graph: StepGraph) -> Draw:
+    def _rehearse(self, graph: StepGraph) -> Step:
         before = host_state(self._cache)
         reason = graph.rehearse(self._once)
         after = host_state(self._cache)
@@ -153,8 +153,8 @@ class WaveSteps:
         if reason is not None:
             self._refuse(reason)
         self._steady = self._explorer.step_state
-        assert self._draw is not None
-        return self._draw
+        assert self._result is not None
+        return self._result
 
     def _capture(self, graph: StepGraph) -> bool:
         try:

@@ -105,6 +105,21 @@ def static_cache(config: Any, length: int) -> StaticCache:
     return cache
 
 
+def reorder_columns(cache: Any, rows: Tensor, start: int) -> None:
+    """Rows of a static cache change places, in place: row i becomes what row ``rows[i]`` was.
+
+    start: columns before it are equal in all rows that change places with each other, and stay.
+    """
+    for layer in cache.layers:
+        for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if states is not None:
+                states[:, :, start:] = states[:, :, start:][rows]
+        for name in _STATES:
+            for state in getattr(layer, name, {}).values():
+                if state is not None:
+                    state.copy_(state[rows])
+
+
 def holds_nothing(cache: Any) -> bool:
     """Whether the forwards that were given this cache have left it empty."""
     states = [

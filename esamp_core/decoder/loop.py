@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esamp_core.base.errors import EsampError, UnsupportedModelError
 from esamp_core.base.tensors import Draw
-from esamp_core.decoder.batch import Batch, Receipt, to_device
+from esamp_core.decoder.batch import Batch, Receipt, Step, to_device
 from esamp_core.decoder.cuda_graph import GraphPolicy, WaveSteps
 from esamp_core.decoder.kv_cache import RowCache, static_cache
 from esamp_core.decoder.output import Output
@@ -42,13 +42,15 @@ class Run:
         waves: GraphPolicy | None,
         latent: bool,
         retain: bool,
+        prompt_host: bool,
     ) -> None:
         """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one.
-        latent: whether states are mixed before the head.  retain: whether Distillers outlive their prompts."""
+        latent: whether states are mixed before the head.  retain: whether Distillers outlive their prompts.
+        prompt_host: the host handles a step before the next begins, instead of one late."""
         self._parts, self._explorer, self._check_first = parts, explorer, check_first
         self._queue, self._n, self._batch_rows = queue, n, batch_rows
         self._waves, self._static = waves, waves is not None
-        self._latent, self._retain = latent, retain
+        self._latent, self._retain, self._prompt_host = latent, retain, prompt_host
         self._steps: WaveSteps | None = None
         self._stop_ids = to_device(stop_ids, self._parts.device)
         self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
@@ -63,10 +65,12 @@ class Run:
         waiting: list[Receipt] = []
         while self._queue or self._batch is not None or waiting:
             launched = []
+            if self._prompt_host:
+                self._handle(waiting, output)
+                waiting = []
             if self._batch is not None and self._batch.can_draw():
                 launched.append(self._step(taps, self._batch))
-            cut = [sample for receipt in waiting for sample in output.receive(receipt)]
-            self._leave(cut)
+            self._handle(waiting, output)
             if prompts := self._next_prompts():
                 launched.append(self._start(taps, prompts))
             waiting = launched
@@ -78,20 +82,20 @@ class Run:
                 self._explorer.close(self._batch.rows)
             self._batch = self._steps = None
 
-    def _leave(self, cut: list[RunningSample]) -> None:
-        """Finished rows leave; in a static batch they stay, masked, until all have finished."""
+    def _handle(self, waiting: list[Receipt], output: Output) -> None:
+        """Read what was drawn.  Finished rows leave; in a static batch they stay, masked, until all have finished."""
+        cut = [sample for receipt in waiting for sample in output.receive(receipt)]
         batch = self._batch
         if batch is None:
             return
-        running = [i for i, sample in enumerate(batch.samples) if sample.finish_reason is None]
+        if cut and (self._static or batch.rows.families is not None):
+            batch.switch_off([sample.finish_reason is not None for sample in batch.samples])
+        running = [i for i, sample in enumerate(batch.samples) if not sample.done]
         if not running:
             self._batch = None
             self._explorer.close(batch.rows)  # waits: the graph may be in use until then
             self._steps = None
-        elif self._static:
-            if cut:
-                batch.switch_off([sample.finish_reason is not None for sample in batch.samples])
-        elif len(running) < len(batch.samples):
+        elif not self._static and len(running) < len(batch.samples):
             batch.keep(running)
 
     def _next_prompts(self) -> list[Prompt]:
@@ -111,13 +115,13 @@ class Run:
     def _step(self, taps: Taps, batch: Batch) -> Receipt:
         """One token for every row."""
         if self._steps is None:
-            draw = self._eager_step(taps, batch)
+            step = self._eager_step(taps, batch)
         else:
-            draw = self._steps.run()
+            step = self._steps.run()
         batch.length += 1
-        return Receipt(batch.samples, draw)
+        return Receipt(batch.samples, step, batch.rows)
 
-    def _eager_step(self, taps: Taps, batch: Batch) -> Draw:
+    def _eager_step(self, taps: Taps, batch: Batch) -> Step:
         """All device work of a step, and nothing else: this is what a graph repeats."""
         if not self._static:
             batch.cache.padded = batch.padded
@@ -132,14 +136,17 @@ class Run:
         )
         return self._draw(batch, tapped)
 
-    def _draw(self, batch: Batch, tapped: Tapped) -> Draw:
-        draw = self._explorer.sample(tapped.logits, batch.rows)
+    def _draw(self, batch: Batch, tapped: Tapped) -> Step:
+        if batch.rows.families is None:
+            step = Step(self._explorer.sample(tapped.logits, batch.rows), None)
+        else:
+            step = Step(*self._explorer.branch(tapped.logits, batch.rows))
         if batch.explores:
             self._explorer.learn(tapped.deep, batch.rows)
             if self._latent:
-                draw = _without_the_base_model(draw, batch.rows.params.beta)
-        batch.advance(draw, self._stop_ids, self._pad_id)
-        return draw
+                step = step._replace(draw=_without_the_base_model(step.draw, batch.rows.params.beta))
+        batch.advance(step, self._stop_ids, self._pad_id)
+        return step
 
     def _start(self, taps: Taps, prompts: list[Prompt]) -> Receipt:
         """Prefill prompts once each, spread them over their samples, draw the first tokens, and join the batch."""
@@ -188,7 +195,7 @@ class Run:
                 if self._latent:  # the prompt's forward ran once for all of its samples, before there were rows
                     mixed = self._explorer.mix(tapped.deep, rows)
                     tapped = tapped._replace(logits=self._parts.logits(mixed)[:, : tapped.logits.shape[1]])
-            receipt = Receipt(samples, self._draw(batch, tapped))
+            receipt = Receipt(samples, self._draw(batch, tapped), rows)
         except BaseException:
             self._explorer.close(rows)
             raise

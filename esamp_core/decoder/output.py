@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 from transformers.utils import logging
 
-from esamp_core.base.tensors import warn_of_bad_numbers
+from esamp_core.base.tensors import Status, warn_of_bad_numbers
 from esamp_core.decoder.batch import Receipt
 from esamp_core.decoder.results import Generation, RunningSample, Token
 from esamp_core.decoder.text import TextStream
 
 REFRESH_SECONDS = 0.5
+
+
+def _key(sample: RunningSample) -> tuple[int, int]:
+    return sample.prompt.index, sample.index
 
 
 class Output:
@@ -52,8 +58,12 @@ class Output:
     def receive(self, receipt: Receipt) -> list[RunningSample]:
         """Take one step's tokens; returns the samples that a stop string ended, which the device does not know."""
         ended_here = []
-        for sample, drawn in zip(receipt.samples, receipt.read(), strict=True):
-            if sample.finish_reason is not None:  # what it drew since then is thrown away
+        drawn_now, places = receipt.read(), receipt.places()
+        if places is not None:
+            self._change_places(receipt.samples, places[0])
+        for sample, drawn in zip(receipt.samples, drawn_now, strict=True):
+            # What a finished sample drew since then is thrown away; a row of distinct siblings may hold nothing yet.
+            if sample.finish_reason is not None or drawn.status & Status.INACTIVE:
                 continue
             sample.take(drawn)
             token = drawn.token_id
@@ -67,9 +77,42 @@ class Output:
                 ended_here.append(sample)
             if sample.finish_reason is None and len(sample.token_ids) >= sample.prompt.budget:
                 sample.finish_reason = "length"
-            self._emit(sample, token)
+            if not sample.prompt.params.distinct:
+                self._emit(sample, token)
+        if places is not None:
+            self._emit_distinct(receipt.samples, places[1])
         self._show_rate()
         return ended_here
+
+    def _change_places(self, samples: Sequence[RunningSample], parents: Sequence[int]) -> None:
+        """Rows that go on from what another row was take over its tokens and its text."""
+        moved = [(sample, samples[p]) for i, (sample, p) in enumerate(zip(samples, parents, strict=True)) if p != i]
+        before = [(other.snapshot(), copy(self._streams.get(_key(other)))) for _, other in moved]
+        for (sample, _), (snapshot, stream) in zip(moved, before, strict=True):
+            sample.go_on_from(snapshot)
+            if stream is not None:
+                self._streams[_key(sample)] = stream
+
+    def _emit_distinct(self, samples: Sequence[RunningSample], perturbed: Sequence[float]) -> None:
+        """The samples of every prompt whose distinct siblings have all ended, in the order of their drawing."""
+        prompts: dict[int, list[tuple[float, RunningSample]]] = {}
+        for sample, value in zip(samples, perturbed, strict=True):
+            if sample.prompt.params.distinct and not sample.done:
+                prompts.setdefault(sample.prompt.index, []).append((value, sample))
+        for rows in prompts.values():
+            found = [(value, sample) for value, sample in rows if value > -math.inf]
+            if any(sample.finish_reason is None for _, sample in found):
+                continue
+            found.sort(key=lambda pair: -pair[0])
+            texts = [self._final_text(sample, self._streams.get(_key(sample))) for _, sample in found]
+            for number, (_, row) in enumerate(rows):
+                at = number % len(found)
+                value, sample = found[at]
+                self._statuses.append(sample.status)
+                row.done = True
+                self._streams.pop(_key(row), None)
+                copy_of = at if number >= len(found) else None
+                self._give(sample.generation(texts[at], number, value, copy_of))
 
     def _show_rate(self) -> None:
         now = time.perf_counter()
@@ -81,8 +124,7 @@ class Output:
         """Whether the newest token completed a stop string."""
         if (not self._stop_strings and self._on_token is None) or self._tokenizer is None:
             return False
-        key = (sample.prompt.index, sample.index)
-        stream = self._streams.setdefault(key, TextStream(self._tokenizer, self._stop_strings))
+        stream = self._streams.setdefault(_key(sample), TextStream(self._tokenizer, self._stop_strings))
         if sample.finish_reason is not None:
             return False
         found = stream.add(sample.token_ids)
@@ -92,24 +134,27 @@ class Output:
 
     def _emit(self, sample: RunningSample, token: int) -> None:
         finished = sample.finish_reason is not None
-        stream = self._streams.get((sample.prompt.index, sample.index))
+        stream = self._streams.get(_key(sample))
         text = None
         if finished:
             text = self._final_text(sample, stream)
-            self._streams.pop((sample.prompt.index, sample.index), None)
+            self._streams.pop(_key(sample), None)
         if self._on_token is not None and token >= 0:
             piece = "" if stream is None else stream.piece(finished)
             last = sample.drawn[-1]
             numbers = (last.logprob, last.base_logprob, last.novelty)
             self._on_token(Token(sample.prompt.index, sample.index, token, piece, *numbers))
         if finished:
-            result = sample.generation(text)
+            sample.done = True
             self._statuses.append(sample.status)
-            self._results[sample.prompt.index * self._samples + sample.index] = result
-            if self._on_result is not None:
-                self._on_result(result)
-            if self._bar is not None:
-                self._bar.update()
+            self._give(sample.generation(text))
+
+    def _give(self, result: Generation) -> None:
+        self._results[result.prompt_index * self._samples + result.sample_index] = result
+        if self._on_result is not None:
+            self._on_result(result)
+        if self._bar is not None:
+            self._bar.update()
 
     def _final_text(self, sample: RunningSample, stream: TextStream | None) -> str | None:
         if self._tokenizer is None:

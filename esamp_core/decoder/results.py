@@ -42,6 +42,8 @@ class Generation:
     finish_reason: FinishReason  # "empty": the model left no token that could be drawn
     stop_reason: int | str | None  # the stop token or stop string that ended it
     seed: int  # the request seed of the prompt: SamplingParams(seed=...) that repeats this prompt alone
+    perturbed_logprob: float | None = None  # nats, of distinct siblings: what orders them, the largest first
+    copy_of: int | None = None  # sample_index: fewer than n different samples were left, and this is that one again
 
 
 class Drawn(NamedTuple):
@@ -67,6 +69,7 @@ class RunningSample:
     status: int = 0  # Status flags of all steps, those without a token too
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    done: bool = False  # its result was given: at its end, or at that of all distinct siblings
 
     def take(self, drawn: Drawn) -> None:
         """One step's outcome; without a token nothing is kept but what the status says."""
@@ -75,11 +78,23 @@ class RunningSample:
             self.drawn.append(drawn)
             self.token_ids.append(drawn.token_id)
 
-    def generation(self, text: str | None) -> Generation:
+    def snapshot(self) -> tuple[list[Drawn], list[int], int]:
+        """All that was drawn so far, for another row that goes on from here."""
+        return list(self.drawn), list(self.token_ids), self.status
+
+    def go_on_from(self, snapshot: tuple[list[Drawn], list[int], int]) -> None:
+        """Instead of what this row has drawn."""
+        self.drawn, self.token_ids, self.status = snapshot
+        self.finish_reason = self.stop_reason = None
+
+    def generation(
+        self, text: str | None, number: int | None = None, perturbed: float | None = None, copy_of: int | None = None
+    ) -> Generation:
+        """number: of distinct siblings, which are numbered when all have ended."""
         assert self.finish_reason is not None and self.prompt.params.seed is not None
         return Generation(
             prompt_index=self.prompt.index,
-            sample_index=self.index,
+            sample_index=self.index if number is None else number,
             prompt=self.prompt.text,
             prompt_token_ids=self.prompt.token_ids,
             text=text,
@@ -93,4 +108,6 @@ class RunningSample:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             seed=self.prompt.params.seed,
+            perturbed_logprob=perturbed,
+            copy_of=copy_of,
         )

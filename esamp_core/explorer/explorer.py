@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +13,18 @@ from torch import Tensor
 from esamp_core.base.checks import LOGIT_DTYPES, check_hashables, check_logits, check_tensor, is_int, require
 from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
 from esamp_core.base.errors import ArgumentError, StateError
-from esamp_core.base.seeds import as_int64, row_seeds
-from esamp_core.base.tensors import Draw, Head, RowParams
+from esamp_core.base.seeds import request_seeds, row_seeds
+from esamp_core.base.tensors import Branch, Draw, Head, RowParams
 from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
 from esamp_core.explorer.learner import Learner
-from esamp_core.explorer.rows import Ledger, Row, Rows, starting_codes
+from esamp_core.explorer.rows import Ledger, Rows
+from esamp_core.explorer.siblings import distinct_sets, starting_codes, starting_tree
 from esamp_core.explorer.start import check_start
 from esamp_core.explorer.streams import Lane, default_lane
 from esamp_core.ops import backend_name, warm_up
 from esamp_core.ops.arguments import check_mixed_out
+from esamp_core.ops.siblings import draw_children, taken
+from esamp_core.reference import grow
 
 
 class Explorer:
@@ -126,10 +128,11 @@ class Explorer:
         groups: a hashable per row; None is a row without a Distiller, sampled plainly.
         params: one :class:`SamplingParams` for all (default), or one per row.
         sample_index: a row's ordinal among its siblings, part of its seed; default counts on within the group.
-        position: tokens drawn so far, to resume a row; one number or one per row.  Stratified rows begin at 0.
+        position: tokens drawn so far, to resume a row; one or one per row.  0 for stratified and distinct rows.
         retain: keep the group's Distiller when its last row ends, until it is evicted.
-        sets: a hashable per row: stratified rows of one set divide their distributions among them; None is a row by
-            itself.  Default the groups.
+        sets: a hashable per row: stratified rows of one set divide their distributions among them, distinct ones
+            (``SamplingParams(distinct=True)``, see ``branch``) draw without replacement; None is a row by itself.
+            Default the groups.
 
         Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
         """
@@ -143,61 +146,31 @@ class Explorer:
                 raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
         if sets is not None:
             sets = check_hashables("sets", sets, count)
-        if any(p.stratified and at for p, at in zip(per_row, positions, strict=True)):
-            raise ArgumentError(f"position must be 0 for stratified rows: their codes are not kept, got {position!r}")
+        if any((p.stratified or p.distinct) and at for p, at in zip(per_row, positions, strict=True)):
+            raise ArgumentError(f"position must be 0 for stratified rows and distinct ones, got {position!r}")
+        named = groups if sets is None else sets
+        distinct = distinct_sets(per_row, named)
+        if distinct and self.config.target != "deep":
+            raise ArgumentError(f"params.distinct must be False with target {self.config.target!r}")
         self._ledger.admit(count)
-        seeds = self._request_seeds(groups, per_row)
-        rows = self._lease(groups, per_row, sample_index, seeds, retain)
-        self._ledger.open_rows += count
+        seeds = request_seeds(groups, per_row)
+        rows = self._ledger.enter(groups, per_row, sample_index, seeds, retain, self._learner.reset, distinct)
         request = torch.tensor(seeds, dtype=torch.int64, device=self._device)
         index = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=self._device)
         grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
         row_seed = row_seeds(request, index)
+        tree, here = starting_tree(distinct, row_seed)
         return Rows(
             self._ledger,
             rows,
             row_seed,
             torch.tensor(positions, dtype=torch.int64, device=self._device),
-            starting_codes(rows, groups if sets is None else sets, row_seed),
-            torch.ones(count, dtype=torch.bool, device=self._device),
+            starting_codes(per_row, named, row_seed),
+            tree,
+            here,
             torch.zeros(count, dtype=torch.int32, device=self._device),
             columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
         )
-
-    @staticmethod
-    def _request_seeds(groups: list[Hashable | None], params: list[SamplingParams]) -> list[int]:
-        fresh: dict[Hashable | None, int] = {}
-        return [
-            as_int64(fresh.setdefault(g, secrets.randbits(64)) if p.seed is None else p.seed)
-            for g, p in zip(groups, params, strict=True)
-        ]
-
-    def _lease(
-        self,
-        groups: list[Hashable | None],
-        params: list[SamplingParams],
-        sample_index: Sequence[int] | None,
-        seeds: list[int],
-        retain: bool,
-    ) -> list[Row]:
-        fresh = self._bank.acquire((g for g in groups if g is not None), retain)
-        rows: list[Row] = []
-        plain_index = 0
-        for i, (group, p) in enumerate(zip(groups, params, strict=True)):
-            if group is None:
-                given = plain_index if sample_index is None else sample_index[i]
-                rows.append(Row(None, -1, given, False, p.stratified))
-                plain_index += 1
-                continue
-            lease = self._bank.leases[group]
-            if group in fresh:  # the first of its rows
-                fresh.remove(group)
-                self._learner.reset(lease.slot, seeds[i])
-            lease.rows += 1
-            given = lease.next_sample_index if sample_index is None else sample_index[i]
-            lease.next_sample_index = max(lease.next_sample_index, given + 1)
-            rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified))
-        return rows
 
     def close(self, rows: Rows) -> None:
         """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
@@ -281,40 +254,69 @@ class Explorer:
         novelty and kl are then 0, and base_logprob is that of the mixed model.
         Returns :class:`Draw`.  Raises ArgumentError, StateError (no ``predict`` for these rows, no head).
         """
+        arguments = self._to_draw("sample", logits, rows, model_logits)
+        if rows.families is not None:
+            raise StateError("sample draws no distinct siblings, which change places: call branch")
+        codes = rows.codes if rows.stratified else None
+        draw = self._learner.backend.explore(logits, seed=rows.seeds, position=rows.positions, codes=codes, **arguments)
+        rows.positions += (draw.token_ids >= 0).long()
+        return self._sampled(rows, draw)
+
+    @torch.no_grad()
+    def branch(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Branch:
+        """``sample`` for rows of which some are distinct siblings: each set of them is drawn without replacement.
+
+        A row may be lost, and another go on in two (see ``grow``): **reorder the key-value cache, and all that you keep
+        for each row, by** ``parent``.  A set begins in its first row; rows are switched on and off in place.  Switch a
+        row off at its last token: what it holds stays while it is among the set's samples.  A set has ended when all of
+        its rows are off; where ``rows.tree.perturbed`` is -inf the filters left nothing for a row.
+
+        Returns :class:`Branch`.  The rest as for :meth:`sample`; ``learn`` takes the rows as they were before.
+        """
+        self._ledger.check(rows)
+        if rows.families is None:
+            draw = self.sample(logits, rows, model_logits=model_logits)
+            return Branch(draw, torch.arange(len(rows), device=self._device))
+        draw, children = draw_children(
+            self._learner.backend, logits, width=rows.families.shape[1], codes=rows.codes if rows.stratified else None,
+            seed=rows.seeds, position=rows.positions, **self._to_draw("branch", logits, rows, model_logits),
+        )  # fmt: skip
+        growth = grow(children, rows.tree, rows.families, rows.active, rows.seeds, rows.positions)
+        rows.take(growth)
+        return Branch(self._sampled(rows, taken(growth, draw, children, logits, model_logits)), growth.parent)
+
+    def _to_draw(self, verb: str, logits: Tensor, rows: Rows, model_logits: Tensor | None) -> dict[str, Any]:
+        """What the draw's op takes beside logits, seeds and positions, everything checked."""
         self._ledger.check(rows)
         check_logits(logits, rows=len(rows), device=self._device)
         rows.check_tensors()
         predicted, mixed = self._ledger.step is rows, self._done == "mixed"
         if predicted and self._done == "sampled":
-            raise StateError("sample was called twice in a step; call learn and predict first")
+            raise StateError(f"{verb} was called twice in a step; call learn and predict first")
         if rows.explores and not predicted:
-            raise StateError("sample needs predict for these very rows first, or nothing would be explored (beta > 0)")
+            raise StateError(f"{verb} needs predict for these very rows first, or nothing would be explored (beta > 0)")
         if model_logits is not None:
             check_logits(model_logits, "model_logits", logits)
         use = predicted and not mixed and rows.explores and self._learner.scored
         head = self._learner.head
         if use and head is None:
-            raise StateError("sample needs a head to explore with, or mix first: this Explorer has none")
+            raise StateError(f"{verb} needs a head to explore with, or mix first: this Explorer has none")
         if use and head is not None:
             head.check_covers(logits.shape[1])
-        params = rows.params._replace(beta=self._learner.strength(rows.params.beta)) if use else rows.params
-        draw = self._learner.backend.explore(
-            logits,
-            params,
-            rows.seeds,
-            rows.positions,
-            codes=rows.codes if rows.stratified else None,
-            direction=self._learner.prediction() if use else None,
-            head=head if use else None,
-            model_logits=model_logits,
-            model_weight=0.0 if self.config.target == "choice" else 1.0,
-            neutral=self.neutral,
-            filter_order=self.filter_order,
-            max_candidates=self.max_candidates,
-            active=rows.active,
-        )
-        rows.positions += (draw.token_ids >= 0).long()
-        self._done, self._drawn = "sampled" if predicted else "", draw.token_ids
+        return {
+            "params": rows.params._replace(beta=self._learner.strength(rows.params.beta)) if use else rows.params,
+            "direction": self._learner.prediction() if use else None,
+            "head": head if use else None,
+            "model_logits": model_logits,
+            "model_weight": 0.0 if self.config.target == "choice" else 1.0,
+            "neutral": self.neutral,
+            "filter_order": self.filter_order,
+            "max_candidates": self.max_candidates,
+            "active": rows.active,
+        }
+
+    def _sampled(self, rows: Rows, draw: Draw) -> Draw:
+        self._done, self._drawn = "sampled" if self._ledger.step is rows else "", draw.token_ids
         return draw
 
     def learn(self, deep: Tensor | None, rows: Rows, *, teaches: Tensor | None = None) -> None:

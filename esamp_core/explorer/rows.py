@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from esamp_core.base.checks import check_tensor, is_int, require
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError, CapacityError, StateError
-from esamp_core.base.seeds import stratified_codes
-from esamp_core.base.tensors import RowParams
+from esamp_core.base.tensors import Growth, RowParams, Tree
 from esamp_core.explorer.bank import DistillerBank
+from esamp_core.explorer.siblings import families_of
 from esamp_core.reference import group_rows
 
 
@@ -26,6 +26,8 @@ class Row:
     sample_index: int
     explores: bool
     stratified: bool
+    family: int = -1
+    """Of distinct siblings: the number of their set, -1 for others."""
 
 
 class Ledger:
@@ -34,12 +36,47 @@ class Ledger:
     def __init__(self, bank: DistillerBank, max_rows: int) -> None:
         self.bank, self.max_rows = bank, max_rows
         self.open_rows = 0
+        self._families = 0  # sets of distinct siblings that were ever opened
         self.step: Rows | None = None  # whose predict has run, and not yet their learn
 
     def admit(self, count: int) -> None:
         """Raises CapacityError if so many more do not fit."""
         if self.open_rows + count > self.max_rows:
             raise CapacityError(f"{count} more rows do not fit: {self.open_rows} of max_rows={self.max_rows} are open")
+
+    def enter(
+        self,
+        groups: Sequence[Hashable | None],
+        params: Sequence[SamplingParams],
+        sample_index: Sequence[int] | None,
+        seeds: Sequence[int],
+        retain: bool,
+        reset: Callable[[int, int], None],
+        distinct: Sequence[Sequence[int]],
+    ) -> list[Row]:
+        """Open rows; their groups get slots.  reset: called with the slot and the seed of each group that is new.
+        distinct: row numbers of each set of distinct siblings."""
+        family = {i: self._families + number for number, members in enumerate(distinct) for i in members}
+        self._families += len(distinct)
+        fresh = self.bank.acquire((g for g in groups if g is not None), retain)
+        rows: list[Row] = []
+        plain_index = 0
+        for i, (group, p) in enumerate(zip(groups, params, strict=True)):
+            if group is None:
+                given = plain_index if sample_index is None else sample_index[i]
+                rows.append(Row(None, -1, given, False, p.stratified, family.get(i, -1)))
+                plain_index += 1
+                continue
+            lease = self.bank.leases[group]
+            if group in fresh:  # the first of its rows
+                fresh.remove(group)
+                reset(lease.slot, seeds[i])
+            lease.rows += 1
+            given = lease.next_sample_index if sample_index is None else sample_index[i]
+            lease.next_sample_index = max(lease.next_sample_index, given + 1)
+            rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified, family.get(i, -1)))
+        self.open_rows += len(rows)
+        return rows
 
     def check(self, rows: Rows) -> None:
         """Raises ArgumentError for another Explorer's rows, StateError for outdated ones."""
@@ -68,7 +105,7 @@ class Ledger:
 class Rows:
     """The open sequences of a batch, in its order.
 
-    Immutable but for ``active``, ``positions``, ``codes`` and ``status``.
+    Immutable but for ``active``, ``positions``, ``codes``, ``status``; and ``seeds`` and ``tree`` of distinct siblings.
 
     Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
     """
@@ -80,6 +117,7 @@ class Rows:
         seeds: Tensor,
         positions: Tensor,
         codes: Tensor,
+        tree: Tree,
         active: Tensor,
         status: Tensor,
         params: RowParams,
@@ -96,6 +134,8 @@ class Rows:
         """int64 [R], tokens drawn so far; advanced by ``sample``."""
         self.codes = codes
         """float64 [R, 2], codes of stratified rows (see ``draw``); negative in other rows."""
+        self.tree = tree
+        """What distinct siblings have drawn is chosen by it (see ``grow``); -inf perturbed: nothing is in the row."""
         self.active = active
         """bool [R]; switch finished rows off in place (``rows.active &= running``): they draw -1 and do not teach."""
         self.status = status
@@ -107,6 +147,8 @@ class Rows:
         self.explores = any(r.explores for r in entries)
         self.stratified = any(r.stratified for r in entries)
         self.grouped = any(r.slot >= 0 for r in entries)
+        self.families = families_of([r.family for r in entries], seeds.device)
+        """int64 [P, W], row numbers of distinct siblings, see ``grow``; None where there are none."""
 
     def check_tensors(self) -> None:
         """Raises ArgumentError if one of those that others may write is not what it was."""
@@ -114,6 +156,16 @@ class Rows:
         check_tensor("active", self.active, (rows,), device, "bool")
         check_tensor("positions", self.positions, (rows,), device, "int")
         check_tensor("codes", self.codes, (rows, 2), device)
+
+    def take(self, growth: Growth) -> None:
+        """Distinct siblings change places, and what belongs to them goes along."""
+        parent, drawn = growth.parent, growth.child >= 0
+        self.positions.copy_(self.positions[parent] + drawn)
+        self.status.copy_(self.status[parent])
+        self.seeds.copy_(growth.seed)
+        self.active.copy_(drawn)
+        for mine, new in zip(self.tree, growth.tree, strict=True):
+            mine.copy_(new)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -139,8 +191,13 @@ class Rows:
         would stall the batch and is refused).  Call it between ``learn`` and the next ``predict``.
         """
         indices = _host_indices(which, len(self))
-        self.ledger.retire(self)
         kept = set(indices)
+        torn = {r.family for i, r in enumerate(self.entries) if i in kept} & {
+            r.family for i, r in enumerate(self.entries) if i not in kept
+        }
+        if torn - {-1}:
+            raise ArgumentError(f"which must keep all rows of a set of distinct siblings or none, got {indices}")
+        self.ledger.retire(self)
         self.ledger.release([r for i, r in enumerate(self.entries) if i not in kept])
         index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
         return Rows(
@@ -149,6 +206,7 @@ class Rows:
             self.seeds[index],
             self.positions[index],
             self.codes[index],
+            Tree(*(column[index] for column in self.tree)),
             self.active[index],
             self.status[index],
             self.params.take(index),
@@ -163,6 +221,7 @@ class Rows:
         """
         wrong = [place for place in places if not (is_int(place) and -1 <= place < len(self))]
         require(not wrong, "places", f"be row numbers below {len(self)}, or -1", wrong)
+        require(self.families is None, "rows", "not be distinct siblings, which change places", self)
         index = torch.tensor(list(places), dtype=torch.int64, device=self.seeds.device)
         stranger = RowParams.of(SamplingParams(beta=0.0), 1, self.seeds.device)
 
@@ -176,6 +235,7 @@ class Rows:
             take(self.seeds, zero),
             take(self.positions, zero),
             take(self.codes, zero.new_full((1, 2), -1.0)),
+            Tree(*(take(column, zero) for column in self.tree)),
             take(self.active, zero + 1),
             torch.zeros_like(index, dtype=torch.int32),
             RowParams(*(take(mine, other) for mine, other in zip(self.params, stranger, strict=True))),
@@ -196,6 +256,7 @@ class Rows:
             torch.cat([self.seeds, other.seeds]),
             torch.cat([self.positions, other.positions]),
             torch.cat([self.codes, other.codes]),
+            Tree(*(torch.cat(pair) for pair in zip(self.tree, other.tree, strict=True))),
             torch.cat([self.active, other.active]),
             torch.cat([self.status, other.status]),
             RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
@@ -213,19 +274,3 @@ def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> 
     if not all(is_int(v) and 0 <= v < rows for v in values) or len(set(values)) != len(values):
         raise ArgumentError(f"which must be booleans or distinct row numbers below {rows}, got {values!r}")
     return values
-
-
-def starting_codes(rows: Sequence[Row], sets: Sequence[Hashable | None], row_seed: Tensor) -> Tensor:
-    """Codes to begin with, float64 [R, 2]; negative in rows that are not stratified."""
-    found: dict[Hashable, list[int]] = {}
-    for i, (row, name) in enumerate(zip(rows, sets, strict=True)):
-        if row.stratified:
-            found.setdefault(i if name is None else (name,), []).append(i)
-    places = torch.tensor(
-        [(i, members[0], at, len(members)) for members in found.values() for at, i in enumerate(members)],
-        dtype=torch.int64,
-        device=row_seed.device,
-    ).view(-1, 4)
-    row, first, ordinal, siblings = places.T
-    codes = torch.full((len(rows), 2), -1.0, dtype=torch.float64, device=row_seed.device)
-    return codes.index_copy(0, row, stratified_codes(row_seed[first], ordinal, siblings))

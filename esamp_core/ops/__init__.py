@@ -23,6 +23,7 @@ from esamp_core.ops.sampling import (
     select_candidates,
     transform_scores,
 )
+from esamp_core.ops.siblings import explore_children, grow
 
 __all__ = [
     "DistillerOps",
@@ -33,8 +34,10 @@ __all__ = [
     "distiller_step_",
     "draw",
     "explore",
+    "explore_children",
     "gauge_",
     "group_rows",
+    "grow",
     "mix",
     "replay",
     "reweight",

@@ -17,6 +17,7 @@ from esamp_core.base.errors import ArgumentError
 from esamp_core.base.tensors import (
     Activations,
     Candidates,
+    Children,
     DistillerState,
     DistillerWeights,
     Draw,
@@ -159,6 +160,18 @@ class Backend(DistillerOps, Protocol):
         codes: Tensor | None = None,
         model_logits: Tensor | None = None,
     ) -> Draw: ...
+
+    def children(
+        self,
+        candidates: Candidates,
+        reweighted: Reweighted,
+        logits: Tensor,
+        params: RowParams,
+        seed: Tensor,
+        position: Tensor,
+        draw: Draw,
+        width: int,
+    ) -> Children: ...
 
     def warm_up(
         self, head: Head, config: DistillerConfig, max_candidates: int, dtype: torch.dtype, neutral: bool

@@ -13,9 +13,18 @@ from esamp_core.ops.triton_distiller import (
     mix,
     warm_up_mixing,
 )
-from esamp_core.ops.triton_sampling import draw, explore, reweight, score_candidates, select_candidates, warm_up
+from esamp_core.ops.triton_sampling import (
+    children,
+    draw,
+    explore,
+    reweight,
+    score_candidates,
+    select_candidates,
+    warm_up,
+)
 
 __all__ = [
+    "children",
     "distiller_forward",
     "distiller_norm_",
     "distiller_scratch",

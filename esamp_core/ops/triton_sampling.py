@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig, FilterOrder
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted, RowParams, unit_stride
+from esamp_core.base.tensors import Candidates, Children, Draw, Head, Reweighted, RowParams, unit_stride
 from esamp_core.kernels.sampling import ops as torch_ops
 from esamp_core.kernels.warm_up import warm_up as warm_up_kernels
 
@@ -113,6 +113,39 @@ def draw(
         codes,
     )
     return Draw(token, logprob, base_logprob, token_novelty, kl, count, status)
+
+
+def children(
+    candidates: Candidates,
+    reweighted: Reweighted,
+    logits: Tensor,
+    params: RowParams,
+    seed: Tensor,
+    position: Tensor,
+    draw: Draw,
+    width: int,
+) -> Children:
+    _check_device(logits)
+    ids, chosen, _, threshold, tie_id, status = candidates
+    return Children(
+        *torch_ops.children_op(
+            ids,
+            chosen,
+            threshold,
+            tie_id,
+            status,
+            reweighted.logits.contiguous(),
+            reweighted.novelty.contiguous(),
+            unit_stride(logits),
+            params.temperature.contiguous(),
+            seed.contiguous(),
+            position.contiguous(),
+            draw.token_ids.contiguous(),
+            draw.logprob.contiguous(),
+            draw.novelty.contiguous(),
+            width,
+        )
+    )
 
 
 def explore(

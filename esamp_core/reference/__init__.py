@@ -5,7 +5,6 @@ Same names and signatures as in ``esamp_core.sample``, which documents them and 
 
 from esamp_core.reference.candidates import (
     clean_logits,
-    filter_temperature,
     invalid_params,
     kept_mask,
     scale_logits,
@@ -23,8 +22,10 @@ from esamp_core.reference.distiller import (
 )
 from esamp_core.reference.gauge import gauge_
 from esamp_core.reference.sampling import draw, explore, replay, reweight, score_candidates, transform_scores
+from esamp_core.reference.siblings import children, grow
 
 __all__ = [
+    "children",
     "clean_logits",
     "distiller_forward",
     "distiller_norm_",
@@ -32,9 +33,9 @@ __all__ = [
     "distiller_step_",
     "draw",
     "explore",
-    "filter_temperature",
     "gauge_",
     "group_rows",
+    "grow",
     "invalid_params",
     "kept_mask",
     "mix",

@@ -19,7 +19,7 @@ from esamp_core.base.tensors import Candidates, RowParams, Status
 NEG_INF = float("-inf")
 LAST_ID = 2**31 - 1
 _LARGEST = torch.finfo(torch.float32).max
-_ABSENT = -(2**63)  # sorts below every key
+ABSENT = -(2**63)  # sorts below every key
 _SUM_BLOCK = 4096
 _CHUNK = 2**18  # elements at a time on a CPU: 1 MiB of float32, which stays in its cache
 _BLOCK = 128  # neighbouring tokens that share one maximum
@@ -100,13 +100,13 @@ def _blockwise_sum(terms: Tensor) -> Tensor:
     return terms.view(terms.shape[0], blocks, _SUM_BLOCK).sum(-1).sum(-1)
 
 
-def _ordered(x: Tensor) -> Tensor:
+def ordered(x: Tensor) -> Tensor:
     """float32 as int64 in the same order."""
     bits = x.contiguous().view(torch.int32).long()
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _descending(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def descending(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest keys of every row and their places, in descending order.  Keys are unique, so ties cannot arise."""
     if 8 * n < keys.shape[-1]:
         top = keys.topk(n, dim=-1)
@@ -135,15 +135,15 @@ def _top_p_mask(scaled: Tensor, kept: Tensor, top_p: Tensor, token_ids: Tensor, 
     if rows.numel() == 0:
         return result
     scaled, kept, top_p, token_ids = scaled[rows], kept[rows], top_p[rows], token_ids[rows]
-    keys = torch.where(kept, (_ordered(scaled) << 32) | token_ids, _ABSENT)
-    keys, places = _descending(keys, max(1, int(kept.sum(-1).max())))
-    x = scaled.gather(-1, places).double().masked_fill(keys == _ABSENT, NEG_INF)
+    keys = torch.where(kept, (ordered(scaled) << 32) | token_ids, ABSENT)
+    keys, places = descending(keys, max(1, int(kept.sum(-1).max())))
+    x = scaled.gather(-1, places).double().masked_fill(keys == ABSENT, NEG_INF)
     weight = _weights(x, x[:, :1])
     inclusive = weight.cumsum(-1)
     total = inclusive[:, -1:]
     if mass is not None:
         total = torch.where(mass[rows, None] > 0, mass[rows, None], total)
-    nucleus = ((inclusive - weight) / total < top_p[:, None].double()) & (keys != _ABSENT)
+    nucleus = ((inclusive - weight) / total < top_p[:, None].double()) & (keys != ABSENT)
     result[rows] = torch.zeros_like(kept).scatter_(-1, places, nucleus)
     return result
 
@@ -311,9 +311,9 @@ def _list(near: _Near, params: RowParams, filter_order: FilterOrder, width: int)
     kept = kept_mask(scaled, params, filter_order, token_ids, near.mass)
     threshold = scaled.masked_fill(~kept, float("inf")).amin(-1)
     tie_id = torch.where(kept & (scaled == threshold[:, None]), token_ids, LAST_ID).amin(-1)
-    keys = torch.where(kept, (_ordered(scaled) << 32) | (LAST_ID - token_ids), _ABSENT)
-    keys, places = _descending(keys, width)
-    present = keys != _ABSENT
+    keys = torch.where(kept, (ordered(scaled) << 32) | (LAST_ID - token_ids), ABSENT)
+    keys, places = descending(keys, width)
+    present = keys != ABSENT
     return Candidates(
         token_ids=token_ids.gather(-1, places).masked_fill(~present, -1),
         logits=x.gather(-1, places).masked_fill(~present, NEG_INF),

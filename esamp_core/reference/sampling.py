@@ -125,7 +125,7 @@ def _neutral(novelty: Tensor, below: Tensor, t: Tensor, present: Tensor) -> Tens
     return novelty - slope * below
 
 
-class _Support:
+class Support:
     """What a row can draw of its listed candidates, as z = (logit - the row's largest logit) / temperature, [R, C]."""
 
     def __init__(self, candidates: Candidates, new: Tensor, params: RowParams) -> None:
@@ -170,7 +170,7 @@ def _tail(candidates: Candidates, top: Tensor, logits: Tensor, params: RowParams
         rows = capped[part]
         part_params = params.take(rows)
         x, _ = clean_logits(logits[rows])
-        in_tail = _tail_mask(scale_logits(x, part_params), Candidates(*(f[rows] for f in candidates)))
+        in_tail = tail_mask(scale_logits(x, part_params), Candidates(*(f[rows] for f in candidates)))
         z = ((x - top[rows]) / filter_temperature(part_params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
         mass = log_sum_exp(z)
         perturbed, token = pick(z, mass, rows)
@@ -179,7 +179,7 @@ def _tail(candidates: Candidates, top: Tensor, logits: Tensor, params: RowParams
     return join_rows(parts)
 
 
-def _tail_mask(scaled: Tensor, candidates: Candidates) -> Tensor:
+def tail_mask(scaled: Tensor, candidates: Candidates) -> Tensor:
     """bool [R, V]: kept tokens beyond the listed ones."""
     ids = torch.arange(scaled.shape[-1], device=scaled.device)
     threshold, tie_id = candidates.threshold[:, None], candidates.tie_id[:, None]
@@ -244,7 +244,7 @@ def draw(
     model_logits: Tensor | None = None,
 ) -> Draw:
     ids, status = candidates.token_ids, reweighted.status
-    support = _Support(candidates, reweighted.logits, params)
+    support = Support(candidates, reweighted.logits, params)
     drawn, greedy = candidates.count > 0, params.temperature == 0
     noise = gumbel(token_bits(seed, position, ids.clamp_min(0)))
     perturbed = torch.where(greedy[:, None], reweighted.logits, support.scored + noise)
@@ -367,7 +367,7 @@ def replay(
     original = None if model_logits is None else _gather(model_logits, candidates.token_ids)
     projection = _gather(distilled, candidates.token_ids)
     new = reweight(candidates, projection, params, model_logits=original, model_weight=model_weight, neutral=neutral)
-    support = _Support(candidates, new.logits, params)
+    support = Support(candidates, new.logits, params)
     known = token_ids.masked_fill(token_ids >= logits.shape[1], -1)
     tail = _tail(candidates, support.top, logits, params, lambda z, mass, rows: (z[:, 0], known[rows]))
     # A row without candidates has no mass: its -inf must be no -inf - -inf, in the gradient neither.

@@ -5,6 +5,7 @@
     reweight            reweight
     draw                block_max (for base_logprob), tail, draw
     explore             block_max, select, finalise, beyond, score, tail, draw (which reweights)
+    children            children
 
 `beyond` and `tail` are launches that ordinary rows leave at once, so nothing here waits for the device.
 Tensors are flat arguments: [R] tensors contiguous, logits with unit column stride.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from esamp_core.kernels.sampling.beyond import beyond_triton
 from esamp_core.kernels.sampling.block_max import block_max_triton
+from esamp_core.kernels.sampling.children import children_triton
 from esamp_core.kernels.sampling.draw import draw_triton
 from esamp_core.kernels.sampling.finalise import finalise_triton
 from esamp_core.kernels.sampling.reweight import reweight_triton
@@ -197,6 +199,49 @@ def _draw_shapes(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 @draw_op.register_fake
 def _(token_ids, chosen, count, threshold, tie_id, status, new, novelty, logits, *_):
     return _draw_shapes(logits)[:5]
+
+
+@torch.library.custom_op("esamp::children", mutates_args=())
+def children_op(
+    token_ids: Tensor,
+    chosen: Tensor,
+    threshold: Tensor,
+    tie_id: Tensor,
+    status: Tensor,
+    new: Tensor,
+    novelty: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    drawn: Tensor,
+    drawn_logprob: Tensor,
+    drawn_novelty: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token_ids, logprob, perturbed, novelty."""
+    if logits.shape[0] == 0:
+        return _children_shapes(logits, width)
+    config = _config(logits, 0, max(width, token_ids.shape[1]))
+    return children_triton(
+        token_ids, chosen, threshold, tie_id, status, new, novelty, logits, temperature, seed, position, drawn,
+        drawn_logprob, drawn_novelty, config, width=width,
+    )  # fmt: skip
+
+
+def _children_shapes(logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, new = (logits.shape[0], width), logits.new_empty
+    return (
+        new(shape, dtype=torch.int64),
+        new(shape, dtype=torch.float32),
+        new(shape, dtype=torch.float32),
+        new(shape, dtype=torch.float32),
+    )
+
+
+@children_op.register_fake
+def _(token_ids, chosen, threshold, tie_id, status, new, novelty, logits, *rest):
+    return _children_shapes(logits, rest[-1])
 
 
 def explore_triton(
