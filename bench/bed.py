@@ -24,10 +24,11 @@ import typer
 from bench import bed_table
 from bench.bed_model import NAME, converted
 from bench.bed_tasks import WORK, Item, Work
+from bench.decoded import Beams, Decoded
 from bench.learning_rule import Recipe, constant_errors, record_prompts, relearn
 from bench.passk import show, write_whole
 from bench.quality_decode import Batch, Sampler, decode, request_seeds
-from bench.quality_plan import BASE, esamp
+from bench.quality_plan import BASE, esamp, kernel, ridge, with_arithmetic, with_rounds
 from bench.quality_table import grid
 from bench.quality_tasks import Pool, Source, load_source
 from bench.results import RESULTS, ROOT, commit, load, report
@@ -44,7 +45,19 @@ RATES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
 BASE_PARAMS = SamplingParams(min_p=0.05)
 
 
-def samplers(start: str) -> dict[str, Sampler]:
+KERNEL = with_rounds(kernel(2.0, 1024), 4)
+# What else was looked at for siblings, before distinct ones were chosen; on short answers.
+SEARCHED = (
+    KERNEL,
+    with_arithmetic(KERNEL),
+    with_rounds(ridge(2.0), 4),
+    Plain("min-p .02", Filter(min_p=0.02)),
+    Plain("stratified, min-p .02", Filter(min_p=0.02), arithmetic=True),
+    Plain("stratified, T 1.3", Filter(temperature=1.3, min_p=0.05), arithmetic=True),
+)
+
+
+def samplers(start: str) -> dict[str, Sampler | Decoded | Beams]:
     """Baselines, controls, the library's default, what a calibrated start (its file) makes of it, and the presets."""
 
     def explored(
@@ -63,6 +76,12 @@ def samplers(start: str) -> dict[str, Sampler]:
         Plain("p-less", Filter(p_less=True)),
         Plain("top-H .4", Filter(top_h=0.4)),
         Plain("stratified", BASE, arithmetic=True),
+        Decoded(SHIPPED, replace(BASE_PARAMS, distinct=True)),
+        Decoded(
+            "distinct, calibrated, neutral, .5", replace(BASE_PARAMS, beta=0.5, distinct=True), calibrated, neutral=True
+        ),
+        Beams("control: beam search"),
+        *SEARCHED,
         Plain("control: sharpened 1.25", Filter(min_p=0.05, sharpen=1.25)),
         esamp(0.25, "control: random direction", random=True),
         explored("control: untrained, .25", 0.25, replace(fresh, lr=0.0, gate=False)),
@@ -83,6 +102,8 @@ def samplers(start: str) -> dict[str, Sampler]:
     ])  # fmt: skip
 
 
+SHIPPED = "distinct, default, .1"  # what generate does when it is told nothing
+POOLS = {"tune": "bed", "report": "bed-report"}  # what files of a pool's results begin with
 QUICK = (
     "min-p .05", "stratified", "control: untrained, .25", "ungated lr .3, .25", "default, .25", "calibrated, .25",
     "calibrated, neutral, .5", "stratified, calibrated, neutral, .5",
@@ -91,6 +112,7 @@ QUICK = (
 
 # Whose long answers are not worth their time: filters that lose on short ones, and variants of other samplers.
 SHORT = (
+    *(sampler.name for sampler in SEARCHED),
     "first token at T 4 (FIRE), min-p .05", "top-n-sigma 1", "p-less", "top-H .4", "stratified, default, .25",
     "preset paper, one for each prompt", "recipe paper, one for each prompt, min-p .05, .25",
 )  # fmt: skip
@@ -139,7 +161,7 @@ class Bed:
         return list(self.source.tokenizer(self.text(work, item), add_special_tokens=False)["input_ids"])
 
 
-def run_unit(bed: Bed, sampler: Sampler, unit: Unit) -> dict[str, Any]:
+def run_unit(bed: Bed, sampler: Sampler | Decoded | Beams, unit: Unit) -> dict[str, Any]:
     """Sample and judge; the result as it is written."""
     work = next(work for work in WORK if work.name == unit.work)
     items, source, start = work.pool(unit.pool, unit.items), bed.source_of(work), time.perf_counter()
@@ -149,10 +171,17 @@ def run_unit(bed: Bed, sampler: Sampler, unit: Unit) -> dict[str, Any]:
         part = items[first : first + at_a_time]
         prompts = [bed.encode(work, item) for item in part]
         seeds = request_seeds(unit.seed, first, len(part))
-        batch = decode(source, sampler, prompts, SIBLINGS, seeds, work.new_tokens)
+        drawn = None
+        if isinstance(sampler, (Decoded, Beams)):
+            batch, drawn = sampler.decode(source, prompts, SIBLINGS, seeds, work.new_tokens)
+        else:
+            batch = decode(source, sampler, prompts, SIBLINGS, seeds, work.new_tokens)
         for i, item in enumerate(part):
             rows = slice(i * SIBLINGS, (i + 1) * SIBLINGS)
-            records.append(judge(source, item, Batch(*(t[rows].cpu() for t in batch[:-1]), [])))
+            record = judge(source, item, Batch(*(t[rows].cpu() for t in batch[:-1]), []))
+            if drawn is not None:
+                record |= {"drawn": drawn, "nested": isinstance(sampler, Decoded) and sampler.params.distinct}
+            records.append(record)
     return {
         "unit": unit.__dict__,
         "kind": work.kind,
@@ -175,6 +204,7 @@ def judge(source: Source, item: Item, batch: Batch) -> dict[str, Any]:
     tokens = int(on.sum())
     return {
         "correct": sum(right),
+        "right": right,
         "distinct": len(set(answers)),
         "distinct_correct": len({a for a, ok in zip(answers, right, strict=True) if ok}),
         "tokens": tokens,
@@ -237,6 +267,7 @@ def run(
     seeds: Annotated[int, typer.Option()] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Eight samplers, 4 items, one seed.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Samplers; default all, most of them on long answers.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Without the works with long answers.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda takes one worker.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
 ) -> None:
@@ -257,7 +288,7 @@ def run(
         for seed in range(repeats)
         for work in WORK
         for name in chosen
-        if only or not (work.long and name in SHORT)
+        if not (work.long and (short or (name in SHORT and not only)))
     ]
     todo = [unit for unit in units if not (out / "runs" / unit.file).exists()]
     workers = 1 if device != "cpu" else max(1, min(workers, len(todo)))
@@ -290,31 +321,38 @@ def rates(
 
 @app.command()
 def pack(
-    out: Out = OUT, to: Annotated[Path | None, typer.Option(help="Default bench/results/bed-DATE.json.")] = None
+    out: Out = OUT,
+    pool: Annotated[str, typer.Option(help="Whose runs.")] = "tune",
+    to: Annotated[
+        Path | None, typer.Option(help="Default bench/results/bed-DATE.json, or bed-report-DATE.json.")
+    ] = None,
 ) -> None:
     """One file of the runs in --out, similarities included and answers left out: where a work was run with several
     numbers of items, the most, which hold the others."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted((out / "runs").glob("*.json")):
         one = json.loads(path.read_text())
-        key = tuple(str(one["unit"][name]) for name in ("sampler", "work", "pool", "seed"))
+        key = tuple(str(one["unit"][name]) for name in ("sampler", "work", "seed"))
+        if one["unit"]["pool"] != pool:
+            continue
         if key not in found or one["unit"]["items"] > found[key]["unit"]["items"]:
             found[key] = one
     runs = bed_table.packed(list(found.values()))
     body = report("bed", "make bed", runs, dry=False)
-    target = to or RESULTS / f"bed-{body['date']}.json"
+    target = to or RESULTS / f"{POOLS[pool]}-{body['date']}.json"
     target.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")
     print(target)
 
 
 @app.command()
 def table(
-    results: Annotated[Path | None, typer.Argument(help="A file that pack wrote; default: the latest.")] = None,
+    results: Annotated[Path | None, typer.Argument(help="A file that pack wrote; default: the pool's latest.")] = None,
+    pool: Annotated[str, typer.Option(help="tune or report.")] = "tune",
     doc: Annotated[Path | None, typer.Option(help="Write it between its marks in this file.")] = None,
 ) -> None:
     """Print the tables of a packed run."""
-    found = results or max(RESULTS.glob("bed-*.json"))
-    show(bed_table.markdown(load(found)["cases"]), doc, "bed-table")
+    found = results or max(RESULTS.glob(f"{POOLS[pool]}-2*.json"))
+    show(bed_table.markdown(load(found)["cases"], SHIPPED), doc, {"tune": "bed-table", "report": "bed-report"}[pool])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,24 @@ REFERENCE = "min-p .05"
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], float], str]  # title, a number of an item, its format
 
+
+def passed(record: Record, k: int) -> float:
+    """Chance that one of k samples solves the item.
+
+    Of siblings drawn without replacement the first k are what k of them would have been; of others any k count, as if
+    they were independent.
+    """
+    if record.get("nested"):
+        return float(any(record["right"][:k]))
+    return float(pass_at_k([record["correct"]], record["siblings"], k)[0])
+
+
 SOLVED: tuple[Column, ...] = (
-    ("Pass@1, %", lambda r: 100 * r["correct"] / r["siblings"], "{:.1f}"),
-    ("Pass@4, %", lambda r: 100 * float(pass_at_k([r["correct"]], r["siblings"], 4)[0]), "{:.1f}"),
+    ("Pass@1, %", lambda r: 100 * passed(r, 1), "{:.1f}"),
+    ("Pass@4, %", lambda r: 100 * passed(r, 4), "{:.1f}"),
     ("Pass@16, %", lambda r: 100.0 * (r["correct"] > 0), "{:.1f}"),
     ("distinct of 16", lambda r: r["distinct"], "{:.2f}"),
+    ("tokens drawn", lambda r: r.get("drawn", r["tokens"]), "{:.0f}"),
 )
 SPREAD: tuple[Column, ...] = (
     ("Vendi score", lambda r: r["vendi"], "{:.2f}"),
@@ -91,14 +105,20 @@ class Sampled:
 
 
 def differences(one: Sampled, other: Sampled, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+    """Mean over items and its interval; nothing for the Pass@1 of nested samples, whose first is a plain sample."""
+    if column is SOLVED[0] and any(record.get("nested") for record in one.items[keys[0]]):
+        return ""
     found = paired_bootstrap(one.of(column, keys), other.of(column, keys))
     digits = 1 if "%" in column[0] else 2
     text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     return f"**{text}**" if found.low > 0 or found.high < 0 else text
 
 
-def markdown(runs: Sequence[Record]) -> str:
-    """All tables of a packed run.  A sampler that has not run all that the reference has is left out of a table."""
+def markdown(runs: Sequence[Record], shipped: str) -> str:
+    """All tables of a packed run.  A sampler that has not run all that the reference has is left out of a table.
+
+    shipped: the sampler that is compared with the reference on each kind of work.
+    """
     names = list(dict.fromkeys(run["unit"]["sampler"] for run in runs))
     names.sort(key=lambda name: (name != REFERENCE, name.startswith("control"), name))
     found = {name: Sampled([run for run in runs if run["unit"]["sampler"] == name]) for name in names}
@@ -120,10 +140,12 @@ def markdown(runs: Sequence[Record]) -> str:
         f"are from {REFERENCE}, with 95 % paired bootstrap intervals over items; bold: zero is outside.",
     ]
     short = of("few-shot", False) + of("chat", False)
+    solved = short + of("chat", True)
     spread = of("chat", False) + of("chat", True) + of("creative", True) + of("creative", False)
     for title, section, columns, compared in (
-        ("Short answers that a program grades", short, SOLVED, (0, 2, 3)),
-        ("Answers of 150 tokens and more that a program grades", of("chat", True), SOLVED, (0, 2, 3)),
+        ("All that a program grades, together", solved, SOLVED, (0, 2, 3, 4)),
+        ("Short answers that a program grades", short, SOLVED, (0, 2, 3, 4)),
+        ("Answers of 150 tokens and more that a program grades", of("chat", True), SOLVED, (0, 2, 3, 4)),
         ("Chat and creative work", spread, SPREAD, (0, 3)),
     ):
         if not section:
@@ -137,7 +159,44 @@ def markdown(runs: Sequence[Record]) -> str:
             against = [differences(sampled, found[REFERENCE], columns[i], section) for i in compared]
             rows.append([name, *numbers, *(against if name != REFERENCE else ["" for _ in compared])])
         parts += [f"**{title}** ({len(section)} items):", grid(head, rows)]
-    return "\n\n".join([*parts, "**Pass@16, % of each kind of work:**", _by_work(found, short + of("chat", True))])
+    parts += ["**Pass@16, % of each kind of work:**", _by_work(found, solved)]
+    if shipped in found:
+        parts += [f"**{shipped}, on each kind of work:**", _of_one(found[shipped], found[REFERENCE], solved)]
+    return "\n\n".join(parts)
+
+
+def _of_one(one: Sampled, reference: Sampled, solved: Sequence[tuple[str, int]]) -> str:
+    """Pass@16 of one sampler and of the reference by kind of work, with exact sign tests, and Holm's correction."""
+    rows, chances = [], []
+    for work in dict.fromkeys(work for work, _ in solved):
+        keys = [key for key in solved if key[0] == work and key in one.items]
+        if not keys:
+            continue
+        ours, theirs = one.of(SOLVED[2], keys), reference.of(SOLVED[2], keys)
+        better, worse = (sum(s * (a - b) > 0 for a, b in zip(ours, theirs, strict=True)) for s in (1, -1))
+        chances.append(sign_test(better, worse))
+        both = [f"{np.mean(ours):.1f}", f"{np.mean(theirs):.1f}", str(better), str(worse)]
+        rows.append([work, str(len(keys)), *both, differences(one, reference, SOLVED[2], keys)])
+    for row, chance, corrected in zip(rows, chances, holm(chances), strict=True):
+        row += [f"{chance:.3f}", f"{corrected:.3f}"]
+    head = ["work", "items", "Pass@16, %", f"of {REFERENCE}", "solved by it alone", f"by {REFERENCE} alone",
+            "difference", "sign test", "after Holm"]  # fmt: skip
+    return grid(head, rows)
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided p-value of so many items better and worse, if either were as likely."""
+    n, least = better + worse, min(better, worse)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected for their number (Holm 1979)."""
+    corrected, largest = [1.0] * len(chances), 0.0
+    for rank, place in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
+        largest = max(largest, min(1.0, (len(chances) - rank) * chances[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def _by_work(found: dict[str, Sampled], solved: Sequence[tuple[str, int]]) -> str:

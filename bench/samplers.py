@@ -7,8 +7,9 @@ the batched Distillers of ``quality_distiller``, which draw the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bench.quality_decode import Pick, Run, Sampler, Setting, Step
+from bench.quality_decode import Pick, Run, Setting, Step
 from bench.quality_memory import Memory
 from esamp_core.base.philox import CODE_BELOW, code_uniform, gumbel, vocabulary_bits
 from esamp_core.base.seeds import row_seeds, stratified_codes
@@ -251,7 +252,14 @@ def forget() -> None:
     _kept.clear()
 
 
-def by_name(samplers: list[Sampler]) -> dict[str, Sampler]:
+class Named(Protocol):
+    name: str
+
+
+S = TypeVar("S", bound=Named)
+
+
+def by_name(samplers: Sequence[S]) -> dict[str, S]:
     found = {s.name: s for s in samplers}
     assert len(found) == len(samplers), "two samplers of one name"
     return found
