@@ -85,7 +85,7 @@ test-vllm: venv-vllm ## the vLLM binding in real engines on the CPU; builds .ven
 		tests/vllm_engine/test_engine.py tests/vllm_engine/test_schedules.py tests/vllm_engine/test_settings.py $(PYTEST_ARGS)
 
 .PHONY: demo
-demo: venv ## the embedded model, vanilla against exploratory sampling
+demo: venv ## the embedded model, independent samples against the default
 	$(BIN)/esamp demo
 
 .PHONY: test

@@ -53,6 +53,7 @@ SEARCHED = (
     with_rounds(ridge(2.0), 4),
     Plain("min-p .02", Filter(min_p=0.02)),
     Plain("stratified, min-p .02", Filter(min_p=0.02), arithmetic=True),
+    Plain("stratified, by embedding", BASE, arithmetic=True, by_embedding=True),
     Plain("stratified, T 1.3", Filter(temperature=1.3, min_p=0.05), arithmetic=True),
 )
 
@@ -77,9 +78,6 @@ def samplers(start: str) -> dict[str, Sampler | Decoded | Beams]:
         Plain("top-H .4", Filter(top_h=0.4)),
         Plain("stratified", BASE, arithmetic=True),
         Decoded(SHIPPED, replace(BASE_PARAMS, distinct=True)),
-        Decoded(
-            "distinct, calibrated, neutral, .5", replace(BASE_PARAMS, beta=0.5, distinct=True), calibrated, neutral=True
-        ),
         Beams("control: beam search"),
         *SEARCHED,
         Plain("control: sharpened 1.25", Filter(min_p=0.05, sharpen=1.25)),
@@ -267,6 +265,7 @@ def run(
     seeds: Annotated[int, typer.Option()] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Eight samplers, 4 items, one seed.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Samplers; default all, most of them on long answers.")] = None,
+    work: Annotated[list[str] | None, typer.Option(help="Kinds of work; default all.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Without the works with long answers.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda takes one worker.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
@@ -280,15 +279,17 @@ def run(
     chosen = only or (list(QUICK) if quick else names)
     if unknown := sorted(set(chosen) - set(names)):
         raise typer.BadParameter(f"--only must be some of {names}, got {unknown}")
+    if unknown := sorted(set(work or ()) - {w.name for w in WORK}):
+        raise typer.BadParameter(f"--work must be some of {[w.name for w in WORK]}, got {unknown}")
     size, repeats = (4, 1) if quick else (items, seeds)
     if not 1 <= size <= MOST_ITEMS:
         raise typer.BadParameter(f"--items must be in 1..{MOST_ITEMS}, got {items}")
     units = [
-        Unit(name, work.name, pool, max(1, size // 2) if work.long else size, seed)  # type: ignore[arg-type]
+        Unit(name, w.name, pool, max(1, size // 2) if w.long else size, seed)  # type: ignore[arg-type]
         for seed in range(repeats)
-        for work in WORK
+        for w in WORK
         for name in chosen
-        if not (work.long and (short or (name in SHORT and not only)))
+        if w.name in (work or [w.name]) and not (w.long and (short or (name in SHORT and not only)))
     ]
     todo = [unit for unit in units if not (out / "runs" / unit.file).exists()]
     workers = 1 if device != "cpu" else max(1, min(workers, len(todo)))

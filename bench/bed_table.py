@@ -147,6 +147,7 @@ def markdown(runs: Sequence[Record], shipped: str) -> str:
         ("Short answers that a program grades", short, SOLVED, (0, 2, 3, 4)),
         ("Answers of 150 tokens and more that a program grades", of("chat", True), SOLVED, (0, 2, 3, 4)),
         ("Chat and creative work", spread, SPREAD, (0, 3)),
+        ("Creative work alone", of("creative", True), SPREAD, (0, 3)),
     ):
         if not section:
             continue

@@ -160,7 +160,7 @@ WARM_TOKENS = 8  # compiles every kernel and captures a graph
 
 
 class Variants:
-    """The three ways to sample of one model, for one case."""
+    """The ways to sample of one model, for one case."""
 
     def __init__(self, model: Any, case: DecodeCase, device: str) -> None:
         self.model, self.case, self.device = model, case, device
@@ -170,12 +170,14 @@ class Variants:
         self.compiled = device == "cuda" and case.profiled
         self.decoder = Decoder(model)
 
-    def explored(self, seed: int, beta: float, new_tokens: int | None = None) -> tuple[list[int], int]:
+    def explored(
+        self, seed: int, beta: float, new_tokens: int | None = None, distinct: bool = False
+    ) -> tuple[list[int], int]:
         rows = self.case.prompts * self.case.samples
         results = self.decoder.generate(
             self.prompts.to(self.device),
             n=self.case.samples,
-            params=SamplingParams(seed=seed, beta=beta, **PARAMS),  # type: ignore[arg-type]
+            params=SamplingParams(seed=seed, beta=beta, distinct=distinct, **PARAMS),  # type: ignore[arg-type]
             max_new_tokens=new_tokens or self.case.new_tokens,
             stop_token_ids=self.stops,
             cache="static",
@@ -214,11 +216,12 @@ class Variants:
         return {
             "on": lambda seed, new_tokens=None: self.explored(seed, 0.25, new_tokens),
             "off": lambda seed, new_tokens=None: self.explored(seed, 0.0, new_tokens),
+            "distinct": lambda seed, new_tokens=None: self.explored(seed, 0.25, new_tokens, self.case.samples > 1),
             "transformers": self.transformers,
         }
 
 
-OURS, PEERS = ("on", "off"), ("on", "transformers")  # what runs by turns
+OURS, PEERS = ("on", "off", "distinct"), ("on", "transformers")  # what runs by turns
 
 
 def measure_case(
@@ -264,6 +267,8 @@ def measure_case(
                 row |= {"step_ratio": round(median_ratio(slopes["off"], slopes["on"]), 4)}
             if case.target is not None:
                 row |= {"target": case.target}
+        elif name == "distinct" and "on" in steps:
+            row |= {"ratio": round(median_ratio(steps["distinct"], steps["on"]), 4)}
         elif name == "transformers":
             row |= {"graph": "static cache, compiled" if variants.compiled else "dynamic cache"}
             row |= {"ratio": round(median_ratio(steps["transformers"], steps["on"]), 4)}

@@ -54,7 +54,8 @@ class Decoded:
             max_batch_rows=rows,
         )
         columns = [[g.logprobs, g.base_logprobs, g.novelty] for g in found]
-        return batch_of([g.token_ids for g in found], columns), explorer.drawn / len(prompts)
+        drawn = explorer.drawn or sum(len(g.token_ids) for g in found)  # independent rows go by another verb
+        return batch_of([g.token_ids for g in found], columns), drawn / len(prompts)
 
 
 @dataclass(frozen=True)

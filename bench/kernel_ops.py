@@ -16,13 +16,17 @@ from esamp_core.reference.distiller import learning_rates
 from esamp_core.sample import (
     DistillerConfig,
     RowParams,
+    Tree,
     distiller_forward,
     distiller_step_,
     draw,
     explore,
+    explore_children,
     gauge_,
     group_rows,
+    grow,
     reweight,
+    root_noise,
     score_candidates,
     select_candidates,
 )
@@ -31,6 +35,7 @@ Case = SamplingCase | DistillerCase
 Costs = dict[str, tuple[float, float]]  # by op: bytes, operations
 SETS = 3  # inputs that the rounds rotate through
 MAX_CANDIDATES = 256
+SIBLINGS = 16
 
 
 def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]], Costs]:
@@ -53,6 +58,7 @@ def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]]
             "draw": functools.partial(draw, found, new, given.logits, given.params, given.seed, given.position),
             "explore": functools.partial(explore, *given[:4], **options),
             "explore, stratified": functools.partial(explore, *given[:4], codes=codes, **options),
+            "explore, distinct": Branching(given, options),
             "vanilla": functools.partial(explore, *given[:4], max_candidates=width),
         }.items():
             calls.setdefault(name, []).append(call)
@@ -67,9 +73,28 @@ def sampling_ops(case: SamplingCase, device: str) -> tuple[dict[str, list[Call]]
         "draw": scan + listing + rows * width * 8,  # the scan is for base_logprob
         "explore": scan + heads + rows * 4 * hidden,
         "explore, stratified": scan + heads + rows * 4 * hidden,
+        "explore, distinct": 2 * scan + heads + rows * 4 * hidden,  # the second scan is for base_logprob
         "vanilla": scan,
     }
     return calls, {name: (float(size), 2.0 * gathered * hidden * (size > heads)) for name, size in moved.items()}
+
+
+class Branching:
+    """The step of distinct siblings, 16 a set: the ops, and who goes on with what."""
+
+    def __init__(self, given: Any, options: dict[str, Any]) -> None:
+        self._given, self._options = given[:4], options
+        logits, _, self._seed, self._position = given[:4]
+        rows, device = len(logits), logits.device
+        self._width = min(SIBLINGS, rows)
+        every = torch.arange(rows // self._width * self._width, device=device)
+        self._families = every.view(-1, self._width)
+        self._active = torch.ones(rows, dtype=torch.bool, device=device)
+        self._tree = Tree(torch.zeros(rows, dtype=torch.float64, device=device), root_noise(self._seed))
+
+    def __call__(self) -> Any:
+        _, children = explore_children(*self._given, self._width, **self._options)
+        return grow(children, self._tree, self._families, self._active, self._seed, self._position)
 
 
 class DistillerInputs:

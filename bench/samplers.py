@@ -90,15 +90,25 @@ class GumbelDraw:
 
 
 class ArithmeticDraw(GumbelDraw):
-    """Stratified siblings: the library's ``SamplingParams(stratified=True)`` over the whole vocabulary at once."""
+    """Stratified siblings: the library's ``SamplingParams(stratified=True)`` over the whole vocabulary at once.
 
-    def __init__(self, setting: Setting) -> None:
+    by_embedding: shares lie in the order of the head's rows along their first principal component, so that codes that
+    are near each other mean tokens that are, instead of in the order of token ids.
+    """
+
+    def __init__(self, setting: Setting, by_embedding: bool = False) -> None:
         super().__init__(setting)
+        self._order = _along_first_component(setting.source.parts.head.weight) if by_embedding else None
         n, index = setting.siblings, torch.arange(setting.siblings).repeat(setting.groups)
         first = self.seeds[::n].repeat_interleave(n)
         self._codes = stratified_codes(first, index, torch.full_like(index, n))
 
     def __call__(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
+        if self._order is not None:
+            return self._order[self._by_place(scores[:, self._order], row, position)]
+        return self._by_place(scores, row, position)
+
+    def _by_place(self, scores: Tensor, row: Tensor, position: int) -> Tensor:
         chances = scores.double().softmax(-1)
         upper = chances.cumsum(-1)
         code = self._codes[row, :1] * upper[:, -1:]
@@ -114,6 +124,19 @@ class ArithmeticDraw(GumbelDraw):
         return token[:, 0]
 
 
+_orders: dict[int, Tensor] = {}  # by where the weights lie
+
+
+def _along_first_component(weight: Tensor) -> Tensor:
+    """int64 [V]: token ids in the order of their head rows' first principal component."""
+    place = weight.data_ptr()
+    if place not in _orders:
+        rows = weight.float() - weight.float().mean(0)
+        _, vectors = torch.linalg.eigh(rows.T @ rows)  # ascending
+        _orders[place] = (rows @ vectors[:, -1]).argsort()
+    return _orders[place]
+
+
 def log_chance(scores: Tensor, token: Tensor) -> Tensor:
     return scores.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
@@ -123,12 +146,14 @@ class Plain:
     """Filters, an optional memory of what siblings did, and one of the two draws.
 
     learns: whether the memory changes; the untrained control's does not, and leaves siblings independent.
+    by_embedding: see ArithmeticDraw.
     rounds: within a step, siblings i with i % rounds = r draw in round r and see what earlier rounds drew.
     """
 
     name: str
     filter: Filter
     arithmetic: bool = False
+    by_embedding: bool = False
     memory: Callable[[Setting], Memory] | None = None
     rounds: int = 1
     learns: bool = True
@@ -144,7 +169,7 @@ class Plain:
 class PlainRun:
     def __init__(self, sampler: Plain, setting: Setting) -> None:
         self._sampler, self._setting = sampler, setting
-        self._draw = (ArithmeticDraw if sampler.arithmetic else GumbelDraw)(setting)
+        self._draw = ArithmeticDraw(setting, sampler.by_embedding) if sampler.arithmetic else GumbelDraw(setting)
         self._memory = None if sampler.memory is None else sampler.memory(setting)
 
     def draw(self, step: Step) -> Pick:

@@ -95,7 +95,9 @@ def decode_table(body: dict[str, Any]) -> list[str]:
     for row in body["cases"]:
         if row.get("milliseconds") is not None:
             off = row["op"] == "off"
-            ratio = ratios[row["case"]] if off else row.get("ratio") if row["op"] == "transformers" else None
+            ratio = (
+                ratios[row["case"]] if off else row.get("ratio") if row["op"] in ("transformers", "distinct") else None
+            )
             cells = [number(row["milliseconds"], 3), number(row["tokens_per_s"], 0), number(ratio, 3)]
             target = number(targets[row["case"]], 3) if off else ""
             lines.append(f"| {row['case']} | {row['op']} | {' | '.join(cells)} | {target} |")

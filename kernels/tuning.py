@@ -17,10 +17,11 @@ LARGEST_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Config:
-    """scan_*: block_max.  select_*: select, blocks read at a time.  sort_warps: finalise.  beyond_*: beyond, elements.
-    score_*: candidates and hidden units per tile.  tail_*: elements per program.  draw_warps: reweight and draw.
+    """scan_*: block_max.  select_*: select, blocks read at a time.  sort_warps: finalise, children.  beyond_*: beyond,
+    elements.  score_*: candidates and hidden units per tile.  tail_*: elements per program.
+    draw_warps: reweight and draw.
     distiller_*: a tile of weights is hidden x ranks; hidden units per program where H is split; wide: of a row.
-    max_registers: of a thread of select and beyond, 0 where the compiler takes no such bound."""
+    max_registers: of a thread of select, beyond and children, 0 where the compiler takes no such bound."""
 
     scan_blocks: int = 32
     scan_warps: int = 8

@@ -24,7 +24,10 @@ from esamp_core.explorer import learner
 
 # The host reads the result, or the result's shape; or values come from the host's memory.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "bincount", "equal", "lift_fresh")
-LAUNCHES = ("explore", "distiller_forward", "distiller_norm_", "distiller_step_", "gauge_", "mix")
+LAUNCHES = (
+    *("explore", "select_candidates", "score_candidates", "reweight", "draw", "children"),
+    *("distiller_forward", "distiller_norm_", "distiller_step_", "gauge_", "mix"),
+)
 READS = ("tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
 
 

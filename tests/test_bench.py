@@ -265,7 +265,7 @@ def test_dry_runs_keep_no_times(tmp_path: Path) -> None:
         [DecodeCase(DRY_MODEL, 2, 2, 4, profiled=True)], "cpu", dry=True, seconds=60, rounds=1, command="test",
         out=tmp_path / "decode.json", peers=True,
     )  # fmt: skip
-    assert {row["op"] for row in decode["cases"]} == {"on", "off", "transformers"}
+    assert {row["op"] for row in decode["cases"]} == {"on", "off", "distinct", "transformers"}
     assert next(row for row in decode["cases"] if row["op"] == "on")["updates"] == 2 * 4
     cpu = report("cpu", "test", bench_cpu.measure(DRY_SHAPE, 2, 1), dry=True)
     for body in (load(out), load(tmp_path / "decode.json"), cpu):
@@ -285,7 +285,7 @@ def fake_results() -> dict[str, dict[str, Any]]:
     decode = [
         {"name": f"m: {op}", "case": "m 1x1", "op": op, "model": "m", "R": 1, "milliseconds": 3.21,
          "tokens_per_s": 77.0, "ratio": 0.991, "target": 0.98}
-        for op in ("on", "off", "transformers")
+        for op in ("on", "off", "distinct", "transformers")
     ]  # fmt: skip
     cpu = [
         {"name": op, "op": op, "kind": "peaked", "setting": "none", "candidates": 5, "milliseconds": 1.0, "ratio": 0.5}

@@ -244,7 +244,7 @@ def test_a_warning_is_one_clear_line(esamp: Esamp, monkeypatch: pytest.MonkeyPat
         return original(self, logits, rows)
 
     monkeypatch.setattr(Explorer, "sample", spoiled)
-    run = esamp("generate", "3 7 3 5 -> 41 :", "-n", "2", "--max-new-tokens", "3")
+    run = esamp("generate", "3 7 3 5 -> 41 :", "-n", "2", "--no-distinct", "--max-new-tokens", "3")
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 2
     assert (
         run.stderr.startswith("esamp: warning: of 2 samples 2 had logits that are NaN") and run.stderr.count("\n") == 1

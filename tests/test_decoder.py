@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from esamp_core.decoder import Decoder, Generation, Token, generate
 from esamp_core.models.parts import find_parts
-from esamp_core.sample import DistillerConfig, Draw, Explorer, Rows, SamplingParams, Status
+from esamp_core.sample import PRESETS, DistillerConfig, Draw, Explorer, Rows, SamplingParams, Status
 from tests.test_decoder_models import (  # noqa: F401
     PROMPTS,
     SIZES,
@@ -32,7 +33,7 @@ STOP = tuple(range(3, 15))
 
 @functools.cache
 def explored(cache: str = "dynamic", rows: int = 64, seed: int = 5, n: int = 3) -> tuple[Generation, ...]:
-    params = SamplingParams(seed=seed, beta=0.5)
+    params = SamplingParams(seed=seed, beta=0.5, distinct=False)
     options: dict[str, Any] = {"cache": cache, "max_batch_rows": rows, "stop_token_ids": STOP}
     return tuple(Decoder(build("llama")).generate(PROMPTS, n=n, params=params, max_new_tokens=12, **options))
 
@@ -52,7 +53,7 @@ def test_draws_do_not_depend_on_the_schedule(cache: str, rows: int) -> None:
 def test_samples_prompts_and_seeds_differ() -> None:
     assert len(set(draws(list(explored())))) == 12
     assert draws(list(explored(seed=6))) != draws(list(explored()))
-    twice = generate(build("llama"), [PROMPTS[0]] * 2, params=SamplingParams(seed=1), max_new_tokens=8)
+    twice = generate(build("llama"), [PROMPTS[0]] * 2, params=SamplingParams(seed=1, distinct=False), max_new_tokens=8)
     assert twice[0].token_ids != twice[1].token_ids
 
 
@@ -60,13 +61,13 @@ def test_reported_seed_repeats_the_prompt_alone() -> None:
     for index in (0, 2):
         want = [g for g in explored() if g.prompt_index == index]
         assert {g.seed for g in want} == {5 + index}
-        params = SamplingParams(seed=want[0].seed, beta=0.5)
+        params = SamplingParams(seed=want[0].seed, beta=0.5, distinct=False)
         got = generate(build("llama"), [PROMPTS[index]], n=3, params=params, max_new_tokens=12, stop_token_ids=STOP)
         assert draws(got) == draws(want)
 
 
 def test_seed_wraps_at_64_bits() -> None:
-    got = generate(build("llama"), PROMPTS[:2], params=SamplingParams(seed=2**64 - 1), max_new_tokens=1)
+    got = generate(build("llama"), PROMPTS[:2], params=SamplingParams(seed=2**64 - 1, distinct=False), max_new_tokens=1)
     assert [g.seed for g in got] == [2**64 - 1, 0]
 
 
@@ -76,12 +77,16 @@ def test_no_seed_is_drawn_from_torch_and_reported() -> None:
         torch.manual_seed(3)
         runs.append(generate(build("llama"), PROMPTS[:2], max_new_tokens=4))
     assert runs[0] == runs[1] and runs[0][1].seed == (runs[0][0].seed + 1) % 2**64
-    again = generate(build("llama"), PROMPTS[:2], params=SamplingParams(seed=runs[0][0].seed), max_new_tokens=4)
-    assert again == runs[0]
+    same = replace(PRESETS["default"].params, seed=runs[0][0].seed)  # what generate takes when it is given none
+    assert generate(build("llama"), PROMPTS[:2], params=same, max_new_tokens=4) == runs[0]
 
 
 def test_params_per_prompt_are_used_as_they_are() -> None:
-    params = [SamplingParams(temperature=0.0, beta=0.0, seed=9), SamplingParams(seed=9), SamplingParams()]
+    params = [
+        SamplingParams(temperature=0.0, beta=0.0, seed=9),
+        SamplingParams(seed=9, distinct=False),
+        SamplingParams(),
+    ]
     got = generate(build("llama"), PROMPTS[:3], params=params, max_new_tokens=6, stop_token_ids=())
     assert got[0].token_ids == tuple(expected_greedy("llama", 6)[0])
     assert [g.seed for g in got[:2]] == [9, 9]
@@ -104,8 +109,12 @@ def test_context_ends_a_sample(cache: Any) -> None:
 
 
 def test_stop_tokens() -> None:
-    free = generate(build("llama"), PROMPTS, params=SamplingParams(seed=2), max_new_tokens=12, stop_token_ids=())
-    got = generate(build("llama"), PROMPTS, params=SamplingParams(seed=2), max_new_tokens=12, stop_token_ids=STOP)
+    free = generate(
+        build("llama"), PROMPTS, params=SamplingParams(seed=2, distinct=False), max_new_tokens=12, stop_token_ids=()
+    )
+    got = generate(
+        build("llama"), PROMPTS, params=SamplingParams(seed=2, distinct=False), max_new_tokens=12, stop_token_ids=STOP
+    )
     ended = 0
     for whole, cut in zip(free, got, strict=True):
         end = next((i + 1 for i, token in enumerate(whole.token_ids) if token in STOP), None)
@@ -134,7 +143,7 @@ def test_default_stop_tokens_are_the_models() -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("rows", [64, 2])
 def test_stop_strings(cache: Any, rows: int) -> None:
-    options: dict[str, Any] = {"n": 2, "params": SamplingParams(seed=4, beta=0.5), "max_new_tokens": 12}
+    options: dict[str, Any] = {"n": 2, "params": SamplingParams(seed=4, beta=0.5, distinct=False), "max_new_tokens": 12}
     options |= {"stop_token_ids": (), "cache": cache, "max_batch_rows": rows}
     free = generate(build("llama"), PROMPTS, words(), **options)
     # Spans two tokens; nothing else than where a sample ends may change for samples that end by length or alone.
@@ -189,7 +198,12 @@ def test_numbers_that_are_not_finite_are_kept_and_warned_of(monkeypatch: pytest.
         return original(self, logits, rows)
 
     monkeypatch.setattr(Explorer, "sample", spoiled)
-    options: dict[str, Any] = {"n": 3, "params": SamplingParams(seed=1), "max_new_tokens": 3, "stop_token_ids": ()}
+    options: dict[str, Any] = {
+        "n": 3,
+        "params": SamplingParams(seed=1, distinct=False),
+        "max_new_tokens": 3,
+        "stop_token_ids": (),
+    }
     message = "of 3 samples 1 had logits that are NaN, .*; 1 had no logit above -inf, and ended"
     with pytest.warns(UserWarning, match=message):
         nan, plain, empty = generate(build("llama"), PROMPTS[:1], **options)
@@ -210,7 +224,7 @@ def test_numbers_are_those_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
         return draw
 
     monkeypatch.setattr(Explorer, "sample", noted)
-    params = SamplingParams(seed=5, beta=0.5, top_k=7)
+    params = SamplingParams(seed=5, beta=0.5, top_k=7, distinct=False)
     options: dict[str, Any] = {"n": 3, "max_new_tokens": 9, "stop_token_ids": STOP, "max_batch_rows": 6}
     got = generate(build("llama"), PROMPTS, params=params, config=DistillerConfig(gate=False), **options)
     for g in got:
@@ -220,7 +234,7 @@ def test_numbers_are_those_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_logprobs_are_those_of_a_full_forward() -> None:
-    params = SamplingParams(temperature=0.7, top_k=20, beta=0.0, seed=8)
+    params = SamplingParams(temperature=0.7, top_k=20, beta=0.0, seed=8, distinct=False)
     got = generate(
         build("llama"), PROMPTS, n=2, params=params, max_new_tokens=10, stop_token_ids=STOP, max_batch_rows=3
     )
@@ -240,7 +254,7 @@ def test_exploration_changes_draws_and_reports_novelty() -> None:
     """A gated Distiller of a random model is never trusted, so the gate is open here."""
     vanilla, exploring = (
         generate(
-            build("llama"), PROMPTS, n=3, params=SamplingParams(seed=5, beta=beta), max_new_tokens=12,
+            build("llama"), PROMPTS, n=3, params=SamplingParams(seed=5, beta=beta, distinct=False), max_new_tokens=12,
             stop_token_ids=STOP, config=DistillerConfig(gate=False),
         )
         for beta in (0.0, 0.5)
@@ -265,8 +279,8 @@ def test_a_prompt_learns_while_it_runs(cache: Any) -> None:
         stats[generation.prompt_index] = decoder.explorer.stats()[("prompt", generation.prompt_index)]
 
     got = decoder.generate(
-        PROMPTS[:1], n=3, params=SamplingParams(seed=2), max_new_tokens=30, stop_token_ids=STOP, cache=cache,
-        on_result=note,
+        PROMPTS[:1], n=3, params=SamplingParams(seed=2, distinct=False), max_new_tokens=30, stop_token_ids=STOP,
+        cache=cache, on_result=note,
     )  # fmt: skip
     assert stats[0].updates == max(len(g.token_ids) for g in got)  # and not one more with nobody left
     assert decoder.explorer is not None and decoder.explorer.stats() == {}  # the slot was given back
@@ -277,7 +291,12 @@ def test_finished_rows_do_not_teach() -> None:
     for cache in ("static", "dynamic"):
         decoder, spy = spy_on("llama")
         got = decoder.generate(
-            PROMPTS[:2], n=4, params=SamplingParams(seed=2), max_new_tokens=12, stop_token_ids=STOP, cache=cache
+            PROMPTS[:2],
+            n=4,
+            params=SamplingParams(seed=2, distinct=False),
+            max_new_tokens=12,
+            stop_token_ids=STOP,
+            cache=cache,
         )
         taught = sum("deep" in step for step in spy.steps.values())
         assert taught == len(spy.steps) == sum(len(g.token_ids) for g in got)
@@ -289,7 +308,12 @@ def test_a_stop_string_ends_a_row_one_step_late(cache: Any) -> None:
     """The host finds it while the next step runs already; that one step draws and teaches, and no other."""
     decoder, spy = spy_on("llama")
     decoder.tokenizer = words()
-    options: dict[str, Any] = {"n": 3, "params": SamplingParams(seed=2), "max_new_tokens": 12, "stop_token_ids": ()}
+    options: dict[str, Any] = {
+        "n": 3,
+        "params": SamplingParams(seed=2, distinct=False),
+        "max_new_tokens": 12,
+        "stop_token_ids": (),
+    }
     first = decoder.generate(PROMPTS[:1], cache=cache, **options)[0]
     spy.steps.clear()
     got = decoder.generate(PROMPTS[:1], stop_strings=text_of(first.token_ids[2:4]), cache=cache, **options)
@@ -308,7 +332,12 @@ def test_without_exploration_and_learning_the_distiller_rests(monkeypatch: pytes
     )
     assert len(got) == 4
     with pytest.raises(AssertionError, match="predict was called"):
-        generate(build("llama"), PROMPTS, params=SamplingParams(beta=0.1), config=DistillerConfig(lr=0.0, gate=False))
+        generate(
+            build("llama"),
+            PROMPTS,
+            params=SamplingParams(beta=0.1, distinct=False),
+            config=DistillerConfig(lr=0.0, gate=False),
+        )
 
 
 def test_given_explorer_keeps_no_rows_after_an_error() -> None:
@@ -323,7 +352,8 @@ def test_given_explorer_keeps_no_rows_after_an_error() -> None:
     hooks = len(parts.block._forward_hooks), len(parts.head_module._forward_pre_hooks)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            decoder.generate(PROMPTS, n=2, max_new_tokens=4, stop_token_ids=(), on_token=stop)
+            params = SamplingParams(distinct=False)
+            decoder.generate(PROMPTS, n=2, params=params, max_new_tokens=4, stop_token_ids=(), on_token=stop)
         assert explorer.stats() == {} and repr(explorer).count("0/4 rows")
         assert (len(parts.block._forward_hooks), len(parts.head_module._forward_pre_hooks)) == hooks
     assert len(decoder.generate(PROMPTS, n=2, max_new_tokens=4)) == 8  # two groups at a time
@@ -331,8 +361,9 @@ def test_given_explorer_keeps_no_rows_after_an_error() -> None:
 
 def test_inside_inference_mode() -> None:
     with torch.inference_mode():
-        assert draws(Decoder(build("llama")).generate(PROMPTS, n=3, params=SamplingParams(seed=5, beta=0.5),
-                     max_new_tokens=12, stop_token_ids=STOP)) == draws(list(explored()))  # fmt: skip
+        params = SamplingParams(seed=5, beta=0.5, distinct=False)
+        got = Decoder(build("llama")).generate(PROMPTS, n=3, params=params, max_new_tokens=12, stop_token_ids=STOP)
+    assert draws(got) == draws(list(explored()))
 
 
 def test_bfloat16_model() -> None:

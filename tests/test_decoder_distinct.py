@@ -12,7 +12,7 @@ import torch
 from esamp_core.base.errors import ArgumentError
 from esamp_core.bindings.hf import explore
 from esamp_core.decoder import CacheKind, Decoder, Generation, generate
-from esamp_core.sample import DistillerConfig, SamplingParams
+from esamp_core.sample import PRESETS, DistillerConfig, SamplingParams
 from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, build, hybrid, one_thread  # noqa: F401
 from tests.test_decoder_text import text_of, words
 
@@ -158,11 +158,33 @@ def test_an_explorer_that_is_given_is_left_in_order() -> None:
     assert decoder.explorer is not None and decoder.explorer.open_rows == 0
 
 
+def test_the_default() -> None:
+    """Siblings are distinct unless something says otherwise, which each of these does."""
+    model = build("llama")
+    small: dict[str, Any] = {"max_new_tokens": 1, "stop_token_ids": ()}
+    found = Decoder(model).generate(PROMPTS[:1], n=12, **small)
+    assert len({g.token_ids for g in found}) == min(12, found[0].count[0])
+    said = replace(PRESETS["default"].params, seed=found[0].seed, distinct=True)
+    assert [g.token_ids for g in run(model, n=12, params=said, prompts=PROMPTS[:1], **small)] == [
+        g.token_ids for g in found
+    ]
+    other: list[dict[str, Any]] = [
+        {"params": SamplingParams(seed=1, top_k=3, distinct=False)},
+        {"params": SamplingParams(seed=1, temperature=0.0)},
+        {"params": SamplingParams(seed=1, top_k=3, stratified=True)},
+        {"params": SamplingParams(seed=1, top_k=3), "config": DistillerConfig(target="choice")},
+        {"params": replace(PRESETS["paper"].params, seed=1, top_k=3)},
+        {"params": replace(PRESETS["release"].params, seed=1, top_k=3)},
+    ]
+    for options in other:
+        assert len({g.token_ids for g in run(model, n=12, **options, **small)[:12]}) < 12
+
+
 def test_what_cannot_be_meant() -> None:
     model = build("llama")
     with pytest.raises(ArgumentError, match="distinct must be False with on_token"):
         run(model, on_token=print)
-    with pytest.raises(ArgumentError, match="distinct must be False with target 'choice'"):
+    with pytest.raises(ArgumentError, match="distinct must be None or False with target 'choice'"):
         run(model, config=DistillerConfig(target="choice"))
     with pytest.raises(ArgumentError, match=r"esamp_core\.generate draws distinct siblings"):
         explore(model, params=DISTINCT)

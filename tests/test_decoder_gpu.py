@@ -44,6 +44,19 @@ def test_gpu_graph_is_eager(name: str, target: Any) -> None:
     assert run(on_gpu(name), True, config, max_batch_rows=12, **SIZE) == want
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_gpu_distinct_siblings(name: str) -> None:
+    """Caches and rows change places within a replay as they do eagerly, and the dynamic cache's with them."""
+    params = SamplingParams(seed=3, beta=0.5, top_k=40)
+    size = SIZE | {"n": max(2, SIZE["n"]), "params": params}
+    want = run(on_gpu(name), False, **size)
+    assert run(on_gpu(name), True, **size) == want
+    dynamic = Decoder(on_gpu(name)).generate(**{"prompts": PROMPTS, "stop_token_ids": STOP} | size)
+    for first in range(0, len(want), size["n"]):
+        for found in (want, dynamic):
+            assert len({g.token_ids for g in found[first : first + size["n"]]}) == size["n"]
+
+
 def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     original, replayed = loop.Run._step, []
 
@@ -58,8 +71,11 @@ def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(loop.Run, "_step", step)
-    run(on_gpu("llama"), True, stop_token_ids=(), **SIZE)
-    assert len(replayed) >= SIZE["max_new_tokens"] - 3
+    for distinct in (False, None):
+        replayed.clear()
+        params = SamplingParams(seed=3, beta=0.5, distinct=distinct)
+        run(on_gpu("llama"), True, stop_token_ids=(), params=params, **SIZE)
+        assert len(replayed) >= SIZE["max_new_tokens"] - 3
 
 
 @pytest.mark.parametrize("wait", ["item", "synchronize"])
@@ -93,7 +109,11 @@ def test_step_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
             torch.cuda.set_sync_debug_mode("default")
 
     model = MODELS["llama"]().eval().cuda()
-    options: dict[str, Any] = {"prompts": PROMPTS, "params": SamplingParams(seed=3), "stop_token_ids": STOP} | SIZE
+    options: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "params": SamplingParams(seed=3, distinct=False),
+        "stop_token_ids": STOP,
+    } | SIZE
     want = Decoder(model).generate(**options, max_batch_rows=8)
     monkeypatch.setattr(loop.Run, "_step", step)
     assert Decoder(model).generate(**options, max_batch_rows=8) == want

@@ -5,6 +5,7 @@ A simulated graph stands in for CUDA's (tests/simulated_graph.py); tests/test_de
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.test_decoder_models import MODELS, PROMPTS, SIZES, build, one_thread 
 from tests.test_decoder_text import text_of, words
 
 STOP = tuple(range(3, 15))
-EXPLORE = SamplingParams(seed=3, beta=0.5)
+EXPLORE = SamplingParams(seed=3, beta=0.5, distinct=False)
 
 
 class Graphs(list[SimulatedGraph]):
@@ -71,6 +72,13 @@ def test_graph_is_eager(name: str, graphs: Graphs) -> None:
     assert all(most - 2 <= count <= most - 1 for most, count in zip(longest, graphs.replays, strict=True))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_distinct_siblings(name: str, graphs: Graphs) -> None:
+    """Caches and rows that change places within a replay."""
+    got = check_same(build(name), n=4, params=replace(EXPLORE, distinct=None), max_batch_rows=8)
+    assert len({g.token_ids for g in got}) == 4 * len(PROMPTS) and min(graphs.replays) > 5
+
+
 CONFIGS = {
     "lr0": DistillerConfig(lr=0.0, gate=False),
     "no gate": DistillerConfig(gate=False),
@@ -118,7 +126,10 @@ def test_without_padding(prompts: Any, graphs: Graphs) -> None:
 
 
 def test_waves_with_and_without_exploration(graphs: Graphs) -> None:
-    params = [SamplingParams(seed=i, beta=beta, temperature=0.5 + i) for i, beta in enumerate((0.5, 0.0, 0.0, 0.25))]
+    params = [
+        SamplingParams(seed=i, beta=beta, temperature=0.5 + i, distinct=False)
+        for i, beta in enumerate((0.5, 0.0, 0.0, 0.25))
+    ]
     for rows in (2, 4):
         check_same(build("llama"), params=params, max_batch_rows=rows)
     assert len(graphs.replays) == 6 and min(graphs.replays) > 0
@@ -198,7 +209,7 @@ def test_triton_ops_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for graph in (False, "auto"):
         decoder = Decoder(build("llama"), config=DistillerConfig(rank=8, gate=False), max_candidates=8)
-        params = SamplingParams(seed=3, beta=0.5, top_k=8)
+        params = SamplingParams(seed=3, beta=0.5, top_k=8, distinct=False)
         options: dict[str, Any] = {"params": params, "stop_token_ids": (), "cache": "static"}
         results.append(decoder.generate(PROMPTS[2:3], n=2, max_new_tokens=4, graph=graph, **options))
     assert results[0] == results[1] and all(g.novelty[-1] != 0 for g in results[0])

@@ -15,7 +15,7 @@ from tests.test_decoder_models import PROMPTS, build, one_thread  # noqa: F401
 from tests.test_decoder_text import draws
 
 P, N, STEPS = len(PROMPTS), 3, 8
-PARAMS = [SamplingParams(seed=70 + i, beta=0.5) for i in range(P)]
+PARAMS = [SamplingParams(seed=70 + i, beta=0.5, distinct=False) for i in range(P)]
 CONFIG = DistillerConfig(gate=False)
 
 
@@ -61,7 +61,7 @@ def test_prompts_in_one_batch_teach_the_same_distiller() -> None:
 
 
 def test_without_a_name_a_prompt_is_sampled_plainly() -> None:
-    plain = [SamplingParams(seed=p.seed, beta=0.0) for p in PARAMS]
+    plain = [SamplingParams(seed=p.seed, beta=0.0, distinct=False) for p in PARAMS]
     want = generate(build("llama"), PROMPTS, n=N, params=plain, max_new_tokens=STEPS, stop_token_ids=())
     found = run([None] + ["g"] * (P - 1))
     assert draws(found)[:N] == draws(want)[:N] and draws(found)[N:] != draws(want)[N:]

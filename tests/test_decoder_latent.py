@@ -22,7 +22,7 @@ from tests.test_decoder_graph import Graphs, graphs  # noqa: F401
 from tests.test_decoder_models import MODELS, PROMPTS, VOCAB, build, one_thread  # noqa: F401
 
 BETA = 0.7
-PARAMS = SamplingParams(temperature=0.8, beta=BETA, seed=11)
+PARAMS = SamplingParams(temperature=0.8, beta=BETA, seed=11, distinct=False)
 CAPPED = {"gemma2"}  # their latent form differs by design
 
 
@@ -43,7 +43,7 @@ def test_without_filters_both_forms_draw_the_same(name: str, cache: Any) -> None
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=1e-4)
         assert all(math.isnan(x) for field in (b.base_logprobs, b.novelty, b.kl) for x in field)
-    plain = decode(model, "latent", params=SamplingParams(temperature=0.8, beta=0.0, seed=11))
+    plain = decode(model, "latent", params=SamplingParams(temperature=0.8, beta=0.0, seed=11, distinct=False))
     assert [g.token_ids for g in plain] != [g.token_ids for g in other]
     assert all(math.isfinite(x) for g in plain for field in (g.base_logprobs, g.novelty, g.kl) for x in field)
 
@@ -51,7 +51,7 @@ def test_without_filters_both_forms_draw_the_same(name: str, cache: Any) -> None
 def test_logprobs_are_those_of_the_mixed_model() -> None:
     """Filters see it too: with top-k 5 the five likeliest tokens are the mixed model's."""
     model = build("llama")
-    params = SamplingParams(temperature=0.8, top_k=5, beta=BETA, seed=2)
+    params = SamplingParams(temperature=0.8, top_k=5, beta=BETA, seed=2, distinct=False)
     drawn = decode(model, "latent", prompts=PROMPTS[:1], params=params)
     logits = expected_logits(model, PROMPTS[0], [list(g.token_ids) for g in drawn], BETA, DistillerConfig(gate=False))
     for generation, rows in zip(drawn, logits, strict=True):
@@ -100,7 +100,7 @@ def test_neutral_is_of_candidates() -> None:
 
 def test_a_soft_cap_caps_what_was_mixed() -> None:
     """At a strength that candidates' logits would not survive: with all logits within +-2, none is below e^-4 / V."""
-    model, params = build("gemma2"), SamplingParams(beta=50.0, seed=1)
+    model, params = build("gemma2"), SamplingParams(beta=50.0, seed=1, distinct=False)
     drawn = decode(model, "latent", prompts=PROMPTS[:1], n=4, max_new_tokens=12, params=params)
     assert min(x for g in drawn for x in g.logprobs) >= -4 - math.log(VOCAB) - 1e-4
     other = decode(model, "candidates", prompts=PROMPTS[:1], n=4, max_new_tokens=12, params=params)

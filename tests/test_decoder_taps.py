@@ -271,7 +271,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("compiled_first", [False, True], ids=["taps first", "compiled first"])
 def test_compiled_model(compiled_first: bool, fresh_compiler: None) -> None:
     """backend="eager" traces as the others do and leaves the code as it is; rounding differs a little."""
-    options: dict[str, Any] = {"n": 2, "params": SamplingParams(seed=3, beta=0.5), "max_new_tokens": 4}
+    options: dict[str, Any] = {"n": 2, "params": SamplingParams(seed=3, beta=0.5, distinct=False), "max_new_tokens": 4}
     want = generate(one_layer(), PROMPTS[:1], stop_token_ids=(), cache="static", **options)
     model = torch.compile(one_layer(), backend="eager")
     if compiled_first:

@@ -70,8 +70,9 @@ def test_streamed_pieces_add_up(stop: tuple[str, ...]) -> None:
     tokens: dict[tuple[int, int], list[Token]] = {}
     finished: list[Generation] = []
     got = generate(
-        build("llama"), PROMPTS, words(), n=2, params=SamplingParams(seed=3), max_new_tokens=9, max_batch_rows=4,
-        stop_strings=stop, on_token=lambda t: tokens.setdefault((t.prompt_index, t.sample_index), []).append(t),
+        build("llama"), PROMPTS, words(), n=2, params=SamplingParams(seed=3, distinct=False), max_new_tokens=9,
+        max_batch_rows=4, stop_strings=stop,
+        on_token=lambda t: tokens.setdefault((t.prompt_index, t.sample_index), []).append(t),
         on_result=finished.append,
     )  # fmt: skip
     assert sorted(finished, key=lambda g: (g.prompt_index, g.sample_index)) == got

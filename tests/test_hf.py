@@ -20,7 +20,7 @@ STOP = tuple(range(3, 27))
 GREEDY = SamplingParams(temperature=0.0, seed=3)
 # No token's cumulative mass is within 1e-4 of this top-p where it is used: at 0.95 one came within 2e-7, and rounding,
 # which differs between two ways to run a model and between CPUs, would have decided.
-SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=5)
+SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=5, distinct=False)
 
 
 def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
@@ -82,7 +82,12 @@ def test_equal_to_the_decoder(name: str, params: SamplingParams, cache: Any) -> 
 
 
 def test_one_params_per_prompt() -> None:
-    some = [GREEDY, SAMPLED, SamplingParams(beta=0.0, seed=9), SamplingParams(beta=0.5, top_k=3, seed=9)]
+    some = [
+        GREEDY,
+        SAMPLED,
+        SamplingParams(beta=0.0, seed=9, distinct=False),
+        SamplingParams(beta=0.5, top_k=3, seed=9, distinct=False),
+    ]
     tokens = []
     for params in (some, [replace(p, stratified=True) for p in some]):
         want = Decoder(build("llama")).generate(PROMPTS, n=3, params=params, max_new_tokens=12, stop_token_ids=STOP)

@@ -157,6 +157,20 @@ def test_samplers_draw_what_the_explorer_draws(source: Source, kind: str) -> Non
     torch.testing.assert_close(a.novelty[:, :width][same], b.novelty[:, :width][same], atol=2e-2, rtol=2e-2)
 
 
+def test_shares_in_the_order_of_embeddings(source: Source) -> None:
+    """Siblings in the order of their codes have tokens in the order of the head's first principal component."""
+    weight = source.parts.head.weight.double()
+    rows = weight - weight.mean(0)
+    along = rows @ torch.linalg.svd(rows, full_matrices=False).Vh[0]
+    n = 12
+    draw = ArithmeticDraw(setting(source, 1, n), by_embedding=True)
+    codes = draw._codes[:, 0].clone()
+    logits = torch.randn(1, len(weight), generator=torch.Generator().manual_seed(2)).expand(n, -1)
+    tokens = draw(logits, torch.arange(n), 0)
+    places = along[tokens[codes.argsort()]].diff()
+    assert len(set(tokens.tolist())) > 6 and bool((places >= 0).all() or (places <= 0).all())
+
+
 def arithmetic_draws(source: Source, logits: torch.Tensor, n: int, seeds: int, steps: int) -> np.ndarray:
     """Tokens [seeds, n, steps] at logits [steps, V], the same for every prefix."""
     runs = Setting(source, seeds, n, torch.arange(seeds) * 7919 + 1, steps)

@@ -98,5 +98,6 @@ def test_commands_have_the_options_that_are_shown() -> None:
     assert shown
     for command in shown:
         name, *words = shlex.split("".join(command))
-        options = {option for p in group.commands[name].params for option in p.opts} | {"--help"}  # type: ignore[attr-defined]
+        params = group.commands[name].params  # type: ignore[attr-defined]
+        options = {option for p in params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
         assert {word for word in words if re.match(r"-[-a-z]", word)} <= options, command

@@ -178,7 +178,7 @@ def test_one_decode_step_visits_each_room_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ESAMP_BACKEND", "torch")
     monkeypatch.setattr(loop.Run, "_step", watched)
     model, tokenizer = countdown.load()
-    params = SamplingParams(min_p=0.05, seed=1)
+    params = SamplingParams(min_p=0.05, seed=1, distinct=False)
     Decoder(model, tokenizer).generate(["3 7 3 5 -> 41 :"], n=4, params=params, max_new_tokens=8, stop_token_ids=())
     assert len(steps) == 7
     for visits in steps[1:]:

@@ -52,8 +52,8 @@ class SamplingParams:
         of equal parameters. Each sample alone keeps its distribution. Default False: independent draws.
     distinct: siblings opened together are drawn without replacement (stochastic beam search, Kool et al. 2019, arXiv
         1903.06059): no two of them draw the same tokens. The first is an ordinary sample, the others are what is left.
-        Rows then change places, so whoever owns the cache must follow (``Explorer.branch``). Default None: wherever
-        that is done and there are siblings, else False.
+        Rows then change places, so whoever owns the cache must follow (``Explorer.branch``). Default None: True for
+        the samples of a prompt in ``generate``, False in an Explorer and inside other engines.
     """
 
     temperature: float = 1.0

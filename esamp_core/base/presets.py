@@ -24,9 +24,15 @@ class Preset:
 PRESETS: Mapping[str, Preset] = MappingProxyType({
     "default": Preset(SamplingParams(min_p=0.05), DistillerConfig()),
     # arXiv 2604.24927, as we read it: temperature 1, no filters, the beta that was best on AIME25.
-    "paper": Preset(SamplingParams(beta=0.25), DistillerConfig(recipe="paper", rank=384, gate=False), one_for_all=True),
+    "paper": Preset(
+        SamplingParams(beta=0.25, distinct=False),
+        DistillerConfig(recipe="paper", rank=384, gate=False),
+        one_for_all=True,
+    ),
     # github.com/LinesHogan/tLLM: the sampling of its guides and their first beta.
-    "release": Preset(SamplingParams(temperature=0.8, top_p=0.95), DistillerConfig(recipe="release", gate=False)),
+    "release": Preset(
+        SamplingParams(temperature=0.8, top_p=0.95, distinct=False), DistillerConfig(recipe="release", gate=False)
+    ),
 })  # fmt: skip
 """What ``esamp generate --preset`` knows.  docs/quality.md says how each fares: "paper" and "release" are for
 comparison, not recommended."""

@@ -35,7 +35,7 @@ def own_samples(
     sequences: list[DrawnSequence] = done["sequences"]
     for first in range(done["prompts_done"], len(prompts), PROMPTS_AT_A_TIME):
         part = list(prompts[first : first + PROMPTS_AT_A_TIME])
-        params = [SamplingParams(beta=0.0, seed=config.seed + first + i) for i in range(len(part))]
+        params = [SamplingParams(beta=0.0, distinct=False, seed=config.seed + first + i) for i in range(len(part))]
         for g in decoder.generate(part, n=config.samples, params=params, max_new_tokens=config.max_new_tokens):
             sequences.append((first + g.prompt_index, list(g.prompt_token_ids), list(g.token_ids)))
         done["prompts_done"] = first + len(part)

@@ -44,7 +44,7 @@ def demo(
     beta: Beta = SamplingParams.beta,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
-    """Vanilla against exploratory sampling with the embedded Countdown model, checked by a program.
+    """Independent samples against the default, with the embedded Countdown model, checked by a program.
 
     Its Distillers start from calibrated weights, as `esamp calibrate` fits them for any model.
     """

@@ -1,4 +1,4 @@
-"""``esamp demo``: the embedded Countdown model, sampled with and without exploration, answers checked by a program."""
+"""``esamp demo``: the embedded Countdown model, sampled independently and by default, answers checked by a program."""
 
 from __future__ import annotations
 
@@ -38,13 +38,22 @@ class Outcome:
     seconds: float
     first_loss: float  # mean relative squared error of the Distillers at their first step; NaN without Distillers
     loss: float  # at their last
+    distinct_siblings: bool = False
 
     @property
     def samples(self) -> int:
         return len(self.verdicts[0])
 
-    def correct(self) -> list[int]:
-        return [sum(v.correct for v in vs) for vs in self.verdicts]
+    def passed(self, k: int) -> list[float]:
+        """Chance that one of k samples is correct; of distinct siblings the first k are what k of them would be."""
+        if self.distinct_siblings:
+            return [float(any(v.correct for v in vs[:k])) for vs in self.verdicts]
+        chances: list[float] = pass_at_k([sum(v.correct for v in vs) for vs in self.verdicts], self.samples, k).tolist()
+        return chances
+
+    def different(self) -> list[int]:
+        """Different samples per problem."""
+        return [len({g.token_ids for g in group}) for group in self.generations]
 
     def distinct(self) -> list[int]:
         """Different correct solutions per problem."""
@@ -94,11 +103,13 @@ def solve_problems(
         for problem, group in zip(problems, generations, strict=True)
     ]
     first_loss, loss = np.mean(losses, axis=0) if losses else (np.nan, np.nan)
-    return Outcome(generations, verdicts, seconds, float(first_loss), float(loss))
+    distinct = params.distinct is not False and samples > 1
+    return Outcome(generations, verdicts, seconds, float(first_loss), float(loss), distinct)
 
 
 def run_demo(console: Console, *, problems: int, samples: int, params: SamplingParams, config: DistillerConfig) -> None:
-    """Print the comparison.  The same problems, seeds and filters; only beta differs."""
+    """Print the comparison.  The same problems, seeds and filters; independent samples without exploration, and what
+    ``generate`` does by itself: distinct siblings, and exploration."""
     from transformers.utils import logging
 
     from esamp_core.decoder import Decoder
@@ -114,8 +125,9 @@ def run_demo(console: Console, *, problems: int, samples: int, params: SamplingP
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        vanilla = solve_problems(decoder, chosen, samples, replace(params, beta=0.0), progress, "vanilla    ")
-        explored = solve_problems(decoder, chosen, samples, params, progress, "exploratory")
+        plain = replace(params, beta=0.0, distinct=False)
+        vanilla = solve_problems(decoder, chosen, samples, plain, progress, "independent")
+        explored = solve_problems(decoder, chosen, samples, params, progress, "default    ")
     console.print(comparison(vanilla, explored, params.beta))
     console.print(
         f"Distiller error (relative, mean over {problems} prompts): {explored.first_loss:.2f} at its first step, "
@@ -123,7 +135,7 @@ def run_demo(console: Console, *, problems: int, samples: int, params: SamplingP
     )
     backend = backend_name("cpu")
     console.print(
-        f"Time: vanilla {vanilla.seconds:.1f} s, exploratory {explored.seconds:.1f} s ({backend} on the CPU)."
+        f"Time: independent {vanilla.seconds:.1f} s, default {explored.seconds:.1f} s ({backend} on the CPU)."
     )
     console.print(conclusion(vanilla, explored))
     show_novelty(console, chosen, explored, tokenizer)
@@ -132,11 +144,12 @@ def run_demo(console: Console, *, problems: int, samples: int, params: SamplingP
 def comparison(vanilla: Outcome, explored: Outcome, beta: float) -> Table:
     n = vanilla.samples
     table = Table(title="In brackets: 95 % paired bootstrap interval over problems", title_style="dim")
-    for heading in ("", "vanilla", f"exploratory (beta {beta:g})", "difference"):
+    for heading in ("", "independent", f"default: distinct, beta {beta:g}", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
     for k in (k for k in KS if k <= n):
-        a, b = ((100 * pass_at_k(o.correct(), n, k)).tolist() for o in (vanilla, explored))
+        a, b = ([100 * p for p in o.passed(k)] for o in (vanilla, explored))
         _add_row(table, f"pass@{k} (%)", a, b)
+    _add_row(table, "different samples", vanilla.different(), explored.different())
     _add_row(table, "distinct correct solutions", vanilla.distinct(), explored.distinct())
     _add_row(table, "valid answers (%)", *([100 * v for v in o.valid()] for o in (vanilla, explored)))
     return table
@@ -151,12 +164,16 @@ def _add_row(table: Table, name: str, vanilla: Sequence[float], explored: Sequen
 def conclusion(vanilla: Outcome, explored: Outcome) -> str:
     """One honest sentence."""
     k = max(k for k in KS if k <= vanilla.samples)
-    d: Difference = paired_bootstrap(*(pass_at_k(o.correct(), o.samples, k) for o in (explored, vanilla)))
+    d: Difference = paired_bootstrap(*(o.passed(k) for o in (explored, vanilla)))
     if d.low > 0:
-        return f"On these problems exploration raised pass@{k}."
+        return f"On these problems the default raised pass@{k}."
     if d.high < 0:
-        return f"On these problems exploration lowered pass@{k}."
-    return f"On these problems the difference in pass@{k} is within chance."
+        return f"On these problems the default lowered pass@{k}."
+    repeated = vanilla.samples - float(np.mean(vanilla.different()))
+    return (
+        f"On these problems the difference in pass@{k} is within chance: of {vanilla.samples} independent samples only "
+        f"{repeated:.1f} repeat another. Where answers are short and samples repeat, it is not (docs/quality.md)."
+    )
 
 
 def show_novelty(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from esamp_core.base.checks import check_hashables, is_int, require
 from esamp_core.base.config import Apply, DistillerConfig, FilterOrder, SamplingParams, check_apply
 from esamp_core.base.errors import ArgumentError, UnsupportedModelError
+from esamp_core.base.presets import PRESETS
 from esamp_core.base.seeds import seeded_params
 from esamp_core.decoder.cuda_graph import GraphMode, GraphPolicy
 from esamp_core.decoder.kv_cache import check_padding, holds_nothing
@@ -178,10 +179,12 @@ class Decoder:
         params: one :class:`SamplingParams`, or one per prompt.  One for all: prompt i's request seed is seed + i
             (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
             One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
-            alone (stratified: and on n), not on the batch it ran in.  Default ``SamplingParams()``.
-            ``distinct``: the n samples of a prompt are drawn without replacement, so that all of them differ.  They
-            are numbered, and given to on_result, when all have ended; the first of them is the ordinary sample 0.
-            Filters may leave fewer: the others are then copies (``Generation.copy_of``).
+            alone (stratified: and on n), not on the batch it ran in.  Default ``PRESETS["default"].params``.
+            Unless they say ``distinct=False`` (or stratified, or temperature 0) the n samples of a prompt are drawn
+            without replacement, so all of them differ.  They are numbered, and given to on_result, when all have ended;
+            the first of them is the ordinary sample 0.  For estimates that need independent samples, such as
+            averages, votes or policy gradients, turn it off.  Filters may leave fewer: the others are then copies
+            (``Generation.copy_of``).
         groups: one per prompt; prompts of equal ones share a Distiller, which goes on from one to the next, and with an
             explorer of yours from call to call. None: that prompt has none, and is sampled plainly. Default: each
             prompt has its own, which starts afresh and ends with it.
@@ -223,11 +226,13 @@ class Decoder:
         parts = self.parts
         self._graphs.ask(graph)
         read = read_prompts(prompts, self.tokenizer, attention_mask, parts.vocab_size, parts.context)
-        per_prompt = [self._settled(p, n) for p in seeded_params(params, len(read))]
+        given = PRESETS["default"].params if params is None else params
+        per_prompt = [self._settled(p, n) for p in seeded_params(given, len(read))]
         distinct = any(p.distinct for p in per_prompt)
         if distinct and on_token is not None:
             raise ArgumentError(
-                "params.distinct must be False with on_token: which tokens a sample has is known at the end"
+                f"params.distinct must be False with on_token and n={n}: which tokens each of the samples has is known "
+                "when all have ended"
             )
         named = [("prompt", i) for i in range(len(read))] if groups is None else check_hashables("groups", groups)
         if len(named) != len(read):
@@ -286,11 +291,12 @@ class Decoder:
         return output.results()
 
     def _settled(self, params: SamplingParams, n: int) -> SamplingParams:
-        """Whether a prompt's samples are distinct.  Raises ArgumentError."""
+        """Whether a prompt's samples are distinct: where that is possible, unless the parameters say otherwise."""
         learns = (self.config if self._given is None else self._given.config).target
         if params.distinct and learns != "deep":
-            raise ArgumentError(f"params.distinct must be False with target {learns!r}")
-        return replace(params, distinct=bool(params.distinct) and n > 1)
+            raise ArgumentError(f"params.distinct must be None or False with target {learns!r}")
+        possible = n > 1 and params.temperature > 0 and not params.stratified and learns == "deep"
+        return replace(params, distinct=possible and params.distinct is not False)
 
     def _check_first(self, tapped: Tapped, cache: Any) -> None:
         """Once per model: the forward uses what it is given, and the head that scores candidates is the model's."""
