@@ -141,13 +141,14 @@ def markdown(runs: Sequence[Record], shipped: str) -> str:
     ]
     short = of("few-shot", False) + of("chat", False)
     solved = short + of("chat", True)
-    spread = of("chat", False) + of("chat", True) + of("creative", True) + of("creative", False)
+    spread = of("chat", False) + of("chat", True) + of("creative", True)
     for title, section, columns, compared in (
         ("All that a program grades, together", solved, SOLVED, (0, 2, 3, 4)),
         ("Short answers that a program grades", short, SOLVED, (0, 2, 3, 4)),
         ("Answers of 150 tokens and more that a program grades", of("chat", True), SOLVED, (0, 2, 3, 4)),
         ("Chat and creative work", spread, SPREAD, (0, 3)),
         ("Creative work alone", of("creative", True), SPREAD, (0, 3)),
+        ("Scenes, the second creative work", of("creative", False), SPREAD, (0, 3)),
     ):
         if not section:
             continue

@@ -272,6 +272,24 @@ def creative_items(rng: random.Random) -> Iterator[Item]:
         yield Item(opening.format(subject))
 
 
+KINDS_OF_TEXT = (
+    "Write the first lines of a play about {}.", "Write a diary entry about {}.", "Describe a painting of {}.",
+    "Write a letter to a friend about {}.", "Tell a fable about {}.", "Write a radio advertisement for {}.",
+)  # fmt: skip
+SCENES = (
+    "a bridge in fog", "an empty theatre", "a market at night", "the first snow", "a stubborn goat", "a hidden stair",
+    "two rival cooks", "a ship in a bottle", "an honest thief", "a clock without hands", "the smell of rain",
+    "a school for robots", "an island of cats", "a very small king",
+)  # fmt: skip
+
+
+def scenes_items(rng: random.Random) -> Iterator[Item]:
+    pairs = list(itertools.product(KINDS_OF_TEXT, SCENES))
+    rng.shuffle(pairs)
+    for kind, scene in pairs:
+        yield Item(kind.format(scene))
+
+
 WORK = (
     few_shot("gcd", gcd, 8),
     few_shot("lcm", lcm, 8),
@@ -287,4 +305,5 @@ WORK = (
     Work("story", "chat", 180, story_items, long=True),
     Work("sentences", "chat", 200, sentences_items, long=True),
     Work("creative", "creative", 96, creative_items, long=True),
+    Work("scenes", "creative", 96, scenes_items),
 )
