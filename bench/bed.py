@@ -103,8 +103,8 @@ def samplers(start: str) -> dict[str, Sampler | Decoded | Beams]:
 SHIPPED = "distinct, default, .1"  # what generate does when it is told nothing
 POOLS = {"tune": "bed", "report": "bed-report"}  # what files of a pool's results begin with
 QUICK = (
-    "min-p .05", "stratified", "control: untrained, .25", "ungated lr .3, .25", "default, .25", "calibrated, .25",
-    "calibrated, neutral, .5", "stratified, calibrated, neutral, .5",
+    "min-p .05", SHIPPED, "stratified", "control: untrained, .25", "ungated lr .3, .25", "default, .25",
+    "calibrated, .25", "calibrated, neutral, .5", "stratified, calibrated, neutral, .5",
 )  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def run(
     pool: Annotated[str, typer.Option(help="tune, or report: touched once, after a choice is written down.")] = "tune",
     items: Annotated[int, typer.Option(help="Of each work, half as many of those with long answers.")] = 16,
     seeds: Annotated[int, typer.Option()] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Eight samplers, 4 items, one seed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Nine samplers, 4 items, one seed.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Samplers; default all, most of them on long answers.")] = None,
     work: Annotated[list[str] | None, typer.Option(help="Kinds of work; default all.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Without the works with long answers.")] = False,
