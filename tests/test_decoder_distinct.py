@@ -12,7 +12,8 @@ import torch
 from esamp_core.base.errors import ArgumentError
 from esamp_core.bindings.hf import explore
 from esamp_core.decoder import CacheKind, Decoder, Generation, generate
-from esamp_core.sample import PRESETS, DistillerConfig, SamplingParams
+from esamp_core.models.parts import find_parts
+from esamp_core.sample import PRESETS, DistillerConfig, Explorer, SamplingParams
 from tests.test_decoder_models import MODELS, PROMPTS, SIZES, VOCAB, build, hybrid, one_thread  # noqa: F401
 from tests.test_decoder_text import text_of, words
 
@@ -150,12 +151,11 @@ def test_one_sample_is_an_ordinary_one() -> None:
 
 
 def test_an_explorer_that_is_given_is_left_in_order() -> None:
-    model = build("llama")
-    explorer = Decoder(model).parts
-    del explorer
-    decoder = Decoder(model)
+    parts = find_parts(build("llama"))
+    explorer = Explorer(parts.head, parts.hidden_size, max_groups=2, max_rows=6)
+    decoder = Decoder(build("llama"), explorer=explorer)
     decoder.generate(PROMPTS, n=3, params=DISTINCT, max_new_tokens=5)
-    assert decoder.explorer is not None and decoder.explorer.open_rows == 0
+    assert decoder.explorer is explorer and explorer.open_rows == 0
 
 
 def test_the_default() -> None:

@@ -85,13 +85,13 @@ class Output:
         return ended_here
 
     def _change_places(self, samples: Sequence[RunningSample], parents: Sequence[int]) -> None:
-        """Rows that go on from what another row was take over its tokens and its text."""
-        moved = [(sample, samples[p]) for i, (sample, p) in enumerate(zip(samples, parents, strict=True)) if p != i]
-        before = [(other.snapshot(), copy(self._streams.get(_key(other)))) for _, other in moved]
-        for (sample, _), (snapshot, stream) in zip(moved, before, strict=True):
-            sample.go_on_from(snapshot)
-            if stream is not None:
-                self._streams[_key(sample)] = stream
+        """Rows that go on from what another row was take over its tokens and its text; that row stays where it is."""
+        for sample, parent in zip(samples, (samples[p] for p in parents), strict=True):
+            if parent is sample:
+                continue
+            sample.go_on_from(parent)
+            if (stream := self._streams.get(_key(parent))) is not None:
+                self._streams[_key(sample)] = copy(stream)
 
     def _emit_distinct(self, samples: Sequence[RunningSample], perturbed: Sequence[float]) -> None:
         """The samples of every prompt whose distinct siblings have all ended, in the order of their drawing."""

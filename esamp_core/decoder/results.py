@@ -78,13 +78,9 @@ class RunningSample:
             self.drawn.append(drawn)
             self.token_ids.append(drawn.token_id)
 
-    def snapshot(self) -> tuple[list[Drawn], list[int], int]:
-        """All that was drawn so far, for another row that goes on from here."""
-        return list(self.drawn), list(self.token_ids), self.status
-
-    def go_on_from(self, snapshot: tuple[list[Drawn], list[int], int]) -> None:
-        """Instead of what this row has drawn."""
-        self.drawn, self.token_ids, self.status = snapshot
+    def go_on_from(self, other: RunningSample) -> None:
+        """Take over what another row has drawn, instead of what this one has."""
+        self.drawn, self.token_ids, self.status = list(other.drawn), list(other.token_ids), other.status
         self.finish_reason = self.stop_reason = None
 
     def generation(

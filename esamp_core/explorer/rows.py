@@ -192,13 +192,11 @@ class Rows:
         """
         indices = _host_indices(which, len(self))
         kept = set(indices)
-        torn = {r.family for i, r in enumerate(self.entries) if i in kept} & {
-            r.family for i, r in enumerate(self.entries) if i not in kept
-        }
-        if torn - {-1}:
+        gone = [r for i, r in enumerate(self.entries) if i not in kept]
+        if ({r.family for r in gone} & {self.entries[i].family for i in indices}) - {-1}:
             raise ArgumentError(f"which must keep all rows of a set of distinct siblings or none, got {indices}")
         self.ledger.retire(self)
-        self.ledger.release([r for i, r in enumerate(self.entries) if i not in kept])
+        self.ledger.release(gone)
         index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
         return Rows(
             self.ledger,

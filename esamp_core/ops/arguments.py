@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esamp_core.base.checks import check_tensor, describe, is_int, require
-from esamp_core.base.config import SamplingParams
+from esamp_core.base.checks import check_logits, check_tensor, describe, is_int, is_real, require
+from esamp_core.base.config import FilterOrder, SamplingParams, check_options
 from esamp_core.base.errors import ArgumentError
 from esamp_core.base.tensors import Activations, Candidates, DistillerWeights, Gauge, Head, RowGroups, RowParams
 from esamp_core.reference import invalid_params
@@ -50,6 +50,42 @@ def check_codes(codes: Tensor | None, params: Params, rows: int, device: torch.d
 def check_active(active: Tensor | None, rows: int, device: torch.device) -> None:
     if active is not None:
         check_tensor("active", active, (rows,), device, "bool")
+
+
+def check_step(
+    logits: Tensor,
+    params: Params,
+    seed: Tensor | int,
+    position: Tensor | int,
+    *,
+    direction: Tensor | None,
+    head: Head | None,
+    model_logits: Tensor | None,
+    model_weight: float,
+    neutral: bool,
+    filter_order: FilterOrder,
+    max_candidates: int,
+    active: Tensor | None,
+) -> tuple[RowParams, Tensor, Tensor]:
+    """What a whole sampling step takes, codes apart; parameters, seeds and positions of all rows."""
+    check_logits(logits)
+    require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
+    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
+    (rows, vocab_size), device = logits.shape, logits.device
+    check_options(filter_order, max_candidates)
+    check_active(active, rows, device)
+    if model_logits is not None:
+        check_logits(model_logits, "model_logits", logits)
+    if (direction is None) != (head is None):
+        raise ArgumentError("direction and head must be given together, got only one of them")
+    if direction is not None and head is not None:
+        check_head(head, direction, rows, device)
+        head.check_covers(vocab_size)
+    return (
+        check_params(params, rows, device),
+        check_row_integers("seed", seed, rows, device),
+        check_row_integers("position", position, rows, device),
+    )
 
 
 def check_candidates(candidates: Candidates) -> tuple[int, int, torch.device]:

@@ -6,12 +6,13 @@ Source of the method: arXiv 2604.24927; semantics: docs/semantics.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from esamp_core import reference
 from esamp_core.base.checks import check_logits, check_tensor, is_real, require
 from esamp_core.base.config import FilterOrder, check_options
-from esamp_core.base.errors import ArgumentError
 from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted
 from esamp_core.ops.arguments import (
     Params,
@@ -21,6 +22,7 @@ from esamp_core.ops.arguments import (
     check_head,
     check_params,
     check_row_integers,
+    check_step,
 )
 from esamp_core.ops.backends import backend
 
@@ -180,35 +182,19 @@ def explore(
 
     Returns :class:`Draw`.  Raises ArgumentError.
     """
-    check_logits(logits)
-    require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
-    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
-    rows, vocab_size = logits.shape
-    check_options(filter_order, max_candidates)
-    check_active(active, rows, logits.device)
-    check_codes(codes, params, rows, logits.device)
-    if model_logits is not None:
-        check_logits(model_logits, "model_logits", logits)
-    if (direction is None) != (head is None):
-        raise ArgumentError("direction and head must be given together, got only one of them")
-    if direction is not None and head is not None:
-        check_head(head, direction, rows, logits.device)
-        head.check_covers(vocab_size)
-    return backend(logits.device).explore(
-        logits,
-        check_params(params, rows, logits.device),
-        check_row_integers("seed", seed, rows, logits.device),
-        check_row_integers("position", position, rows, logits.device),
-        codes=codes,
-        direction=direction,
-        head=head,
-        model_logits=model_logits,
-        model_weight=model_weight,
-        neutral=neutral,
-        filter_order=filter_order,
-        max_candidates=max_candidates,
-        active=active,
-    )
+    options: dict[str, Any] = {
+        "direction": direction,
+        "head": head,
+        "model_logits": model_logits,
+        "model_weight": model_weight,
+        "neutral": neutral,
+        "filter_order": filter_order,
+        "max_candidates": max_candidates,
+        "active": active,
+    }
+    rows = check_step(logits, params, seed, position, **options)
+    check_codes(codes, params, len(logits), logits.device)
+    return backend(logits.device).explore(logits, *rows, codes=codes, **options)
 
 
 def replay(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from esamp_core import reference
-from esamp_core.base.checks import check_logits, check_tensor, is_int, is_real, require
-from esamp_core.base.config import FilterOrder, check_options
-from esamp_core.base.errors import ArgumentError
+from esamp_core.base.checks import check_tensor, is_int, require
+from esamp_core.base.config import FilterOrder
 from esamp_core.base.tensors import Children, Draw, Growth, Head, Reweighted, RowParams, Status, Tree
-from esamp_core.ops.arguments import Params, check_active, check_head, check_params, check_row_integers
+from esamp_core.ops.arguments import Params, check_row_integers, check_step
 from esamp_core.ops.backends import Backend, backend
 
 
@@ -35,36 +36,27 @@ def explore_children(
     width: W >= 1, how many tokens of each row; the first is the drawn one.  The rest as for ``explore``.
     Returns :class:`Draw`, and :class:`Children` for :func:`grow`.  Raises ArgumentError.
     """
-    check_logits(logits)
-    rows, vocab_size = logits.shape
+    options: dict[str, Any] = {
+        "direction": direction,
+        "head": head,
+        "model_logits": model_logits,
+        "model_weight": model_weight,
+        "neutral": neutral,
+        "filter_order": filter_order,
+        "max_candidates": max_candidates,
+        "active": active,
+    }
     require(is_int(width) and width >= 1, "width", "be an integer >= 1", width)
-    require(is_real(model_weight), "model_weight", "be a finite number", model_weight)
-    require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
-    check_options(filter_order, max_candidates)
-    check_active(active, rows, logits.device)
-    if model_logits is not None:
-        check_logits(model_logits, "model_logits", logits)
-    if (direction is None) != (head is None):
-        raise ArgumentError("direction and head must be given together, got only one of them")
-    if direction is not None and head is not None:
-        check_head(head, direction, rows, logits.device)
-        head.check_covers(vocab_size)
+    resolved, seeds, positions = check_step(logits, params, seed, position, **options)
     return draw_children(
         backend(logits.device),
         logits,
-        params=check_params(params, rows, logits.device),
-        seed=check_row_integers("seed", seed, rows, logits.device),
-        position=check_row_integers("position", position, rows, logits.device),
+        params=resolved,
+        seed=seeds,
+        position=positions,
         width=width,
         codes=None,
-        direction=direction,
-        head=head,
-        model_logits=model_logits,
-        model_weight=model_weight,
-        neutral=neutral,
-        filter_order=filter_order,
-        max_candidates=max_candidates,
-        active=active,
+        **options,
     )
 
 
