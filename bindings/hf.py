@@ -72,8 +72,9 @@ def explore(
     beta, seed: strength of exploration (default that of ``SamplingParams``) and request seed, to go with the
         temperature, top-k, top-p and min-p that ``generate`` was given; without ``do_sample`` the temperature is 0.
     params: instead of these, one :class:`SamplingParams`, or one per prompt.  Filters that ``generate`` was asked for
-        and that differ are then not applied, which is warned of.  Seeds: prompt i of one ``SamplingParams`` has
-        seed + i, as in ``Decoder.generate``; without a seed a fresh one is drawn from torch's generator.
+        and that differ are then not applied, which is warned of.  Seeds of one ``SamplingParams``: a prompt's is made
+        of its seed and the prompt's index, as in ``Decoder.generate``; without a seed a fresh one is drawn from torch's
+        generator.
     groups: one per row, rows * num_return_sequences of them; equal ones share a Distiller.  Default: rows with the same
         token ids, so the samples of one prompt, however it came to be repeated.  None: ``generate`` draws that row.
         With an explorer of yours the Distillers of named groups go on from one ``generate`` to the next.

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from esamp_core.base.seeds import prompt_seed
 from esamp_core.decoder import Decoder, Generation, Token, generate
 from esamp_core.models.parts import find_parts
 from esamp_core.sample import PRESETS, DistillerConfig, Draw, Explorer, Rows, SamplingParams, Status
@@ -60,15 +61,27 @@ def test_samples_prompts_and_seeds_differ() -> None:
 def test_reported_seed_repeats_the_prompt_alone() -> None:
     for index in (0, 2):
         want = [g for g in explored() if g.prompt_index == index]
-        assert {g.seed for g in want} == {5 + index}
+        assert {g.seed for g in want} == {prompt_seed(5, index)}
         params = SamplingParams(seed=want[0].seed, beta=0.5, distinct=False)
         got = generate(build("llama"), [PROMPTS[index]], n=3, params=params, max_new_tokens=12, stop_token_ids=STOP)
         assert draws(got) == draws(want)
 
 
-def test_seed_wraps_at_64_bits() -> None:
-    got = generate(build("llama"), PROMPTS[:2], params=SamplingParams(seed=2**64 - 1, distinct=False), max_new_tokens=1)
-    assert [g.seed for g in got] == [2**64 - 1, 0]
+def test_prompts_of_neighbouring_seeds_share_no_sample() -> None:
+    def samples(seed: int) -> set[tuple[int, ...]]:
+        params = SamplingParams(seed=seed, beta=0.0, distinct=False)
+        got = generate(build("llama"), PROMPTS[:1] * 4, n=2, params=params, max_new_tokens=20, stop_token_ids=())
+        return {g.token_ids for g in got}
+
+    runs = [samples(seed) for seed in (2**64 - 1, 0, 1)]
+    assert len(set.union(*runs)) == 24
+
+
+def test_prompt_seeds_are_64_bits_and_apart() -> None:
+    seeds = {prompt_seed(seed, i) for seed in (-1, 0, 1, 2**64 - 1, 2**63) for i in range(1000)}
+    assert len(seeds) == 4 * 1000  # -1 is 2^64 - 1
+    assert all(0 <= prompt_seed(seed, i) < 2**63 for seed in (-1, 5) for i in range(1, 100))
+    assert [prompt_seed(seed, 0) for seed in (-1, 7)] == [2**64 - 1, 7]
 
 
 def test_no_seed_is_drawn_from_torch_and_reported() -> None:
@@ -76,7 +89,7 @@ def test_no_seed_is_drawn_from_torch_and_reported() -> None:
     for _ in range(2):
         torch.manual_seed(3)
         runs.append(generate(build("llama"), PROMPTS[:2], max_new_tokens=4))
-    assert runs[0] == runs[1] and runs[0][1].seed == (runs[0][0].seed + 1) % 2**64
+    assert runs[0] == runs[1] and runs[0][1].seed == prompt_seed(runs[0][0].seed, 1)
     same = replace(PRESETS["default"].params, seed=runs[0][0].seed)  # what generate takes when it is given none
     assert generate(build("llama"), PROMPTS[:2], params=same, max_new_tokens=4) == runs[0]
 

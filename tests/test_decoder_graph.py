@@ -66,7 +66,7 @@ def check_same(model: Any, config: DistillerConfig | None = None, **options: Any
 def test_graph_is_eager(name: str, graphs: Graphs) -> None:
     """Two waves, prompts of uneven lengths, rows that end at different steps."""
     got = check_same(build(name), max_batch_rows=6)
-    assert len({len(g.token_ids) for g in got}) > 3
+    assert len({len(g.token_ids) for g in got}) >= 3
     # Drawn eagerly: the first token and the rehearsal's; after the last row ended the host launched one step too many.
     longest = [max(len(g.token_ids) for g in got if (g.prompt_index < 3) == first) for first in (True, False)]
     assert all(most - 2 <= count <= most - 1 for most, count in zip(longest, graphs.replays, strict=True))

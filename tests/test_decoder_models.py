@@ -182,7 +182,7 @@ def test_taps_see_what_a_plain_forward_gives(name: str, cache: Any, rows: int) -
     got = decoder.generate(
         prompts, n=2, params=params, max_new_tokens=10, stop_token_ids=stop, cache=cache, max_batch_rows=rows
     )
-    assert len({len(g.token_ids) for g in got}) > 3  # rows left at different times
+    assert len({len(g.token_ids) for g in got}) >= 3  # rows left at different times
     for generation in got:
         prompt, drawn = prompts[generation.prompt_index], list(generation.token_ids)
         plain = plain_forward(name, prompt + drawn)

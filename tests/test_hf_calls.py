@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from esamp_core.base.seeds import prompt_seed
 from esamp_core.bindings.hf import explore
 from esamp_core.models.parts import cache_argument, find_parts
 from esamp_core.sample import DistillerConfig, Draw, Explorer, SamplingParams
@@ -68,7 +69,7 @@ def test_groups_of_the_caller() -> None:
     _, apart = generated(build("llama"), prompts, params=SAMPLED, groups=["a", "b", "c", "d"])
     assert not torch.equal(shared.novelty, apart.novelty)
     for i in range(2):  # alone with its own seed, a row does what it does beside others
-        alone = replace(SAMPLED, seed=5 + i)
+        alone = replace(SAMPLED, seed=prompt_seed(5, i))
         _, single = generated(build("llama"), [prompts[i]], params=alone, max_new_tokens=4)
         assert_same(Draw(*(x[i : i + 1, :4] for x in apart)), single)
     with pytest.raises(ValueError, match=r"groups must be one per row of generate, 4 .*got \['a'\]"):

@@ -16,7 +16,7 @@ _MUL = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Second counter word: what the bits are for, so that no two uses share a stream.
-DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING, DOMAIN_CODE = 0, 1, 2, 3
+DOMAIN_DRAW, DOMAIN_ROW_SEED, DOMAIN_ROUNDING, DOMAIN_CODE, DOMAIN_PROMPT = 0, 1, 2, 3, 4
 CODE_BELOW = 1 - 2.0**-53  # the largest arithmetic code, a float64
 
 # Below this v, -log1p(-v) is summed as a series: 1 - v would lose v's last bits, and fast GPU logarithms have a

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.philox import CODE_BELOW, DOMAIN_ROW_SEED, WORD_MASK, code_uniform, philox
+from esamp_core.base.philox import CODE_BELOW, DOMAIN_PROMPT, DOMAIN_ROW_SEED, WORD_MASK, code_uniform, philox
 
 # Odd 64-bit numbers: the golden ratio's, another, and SplitMix64's two.
 _SPLIT = tuple(
@@ -28,7 +28,19 @@ def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prom
         return [p if p.seed is not None else replace(p, seed=_fresh_seed()) for p in params]
     params = params or SamplingParams()
     seed = _fresh_seed() if params.seed is None else params.seed
-    return [replace(params, seed=(seed + i) % 2**64) for i in range(prompts)]
+    return [replace(params, seed=prompt_seed(seed, i)) for i in range(prompts)]
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """Request seed of the prompt of this index, in 0..2^63-1; the first prompt's is the seed itself, below 2^64.
+
+    Philox of both, so that no prompt of one run draws what a prompt of a run with a neighbouring seed does.
+    """
+    if index == 0:
+        return seed % 2**64
+    zero, key = torch.zeros((), dtype=torch.int64), torch.tensor(as_int64(seed))
+    low, high, _, _ = philox(zero + (index & WORD_MASK), zero + DOMAIN_PROMPT, zero + (index >> 32), zero, key)
+    return int(low) | (int(high) >> 1) << 32
 
 
 def request_seeds(groups: Sequence[Hashable | None], params: Sequence[SamplingParams]) -> list[int]:

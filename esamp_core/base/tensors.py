@@ -234,6 +234,13 @@ class Branch(NamedTuple):
     parent: Tensor  # int64 [R]: row r goes on from what row parent[r] was
 
 
+class Distilled(NamedTuple):
+    """What rows are explored with: ``logit + strength * (logit - distilled logit)``, the head's for the prediction."""
+
+    prediction: Tensor  # float32 [R, H]
+    strength: Tensor  # float32 [R]: beta, with a gate times the trust; 0 where nothing is explored
+
+
 class DistillerWeights(NamedTuple):
     """One Distiller per slot: ``y = x + ((x up) * silu(x gate + gate_bias)) down``, ``pred = s * LayerNorm(y)``."""
 

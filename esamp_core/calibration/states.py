@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.base.config import SamplingParams
+from esamp_core.base.seeds import prompt_seed
 from esamp_core.calibration.config import CalibrationConfig, OnProgress, Work
 from esamp_core.decoder import Decoder
 from esamp_core.models.parts import ModelParts
@@ -35,7 +36,8 @@ def own_samples(
     sequences: list[DrawnSequence] = done["sequences"]
     for first in range(done["prompts_done"], len(prompts), PROMPTS_AT_A_TIME):
         part = list(prompts[first : first + PROMPTS_AT_A_TIME])
-        params = [SamplingParams(beta=0.0, distinct=False, seed=config.seed + first + i) for i in range(len(part))]
+        seeds = [prompt_seed(config.seed, first + i) for i in range(len(part))]
+        params = [SamplingParams(beta=0.0, distinct=False, seed=seed) for seed in seeds]
         for g in decoder.generate(part, n=config.samples, params=params, max_new_tokens=config.max_new_tokens):
             sequences.append((first + g.prompt_index, list(g.prompt_token_ids), list(g.token_ids)))
         done["prompts_done"] = first + len(part)

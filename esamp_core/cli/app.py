@@ -78,7 +78,7 @@ def generate(
     top_p: TopP = 1.0,
     min_p: MinP = 0.05,
     beta: Beta = SamplingParams.beta,
-    seed: Annotated[int | None, typer.Option(help="Prompt i uses seed + i; default: fresh seeds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Every prompt's own is made from it; default: fresh ones.")] = None,
     stratified: Annotated[
         bool, typer.Option("--stratified", help="The n samples divide every distribution evenly among them.")
     ] = False,

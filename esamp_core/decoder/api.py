@@ -34,6 +34,7 @@ from esamp_core.decoder.kv_cache import check_padding, holds_nothing
 from esamp_core.decoder.loop import CacheKind, Run
 from esamp_core.decoder.output import Output
 from esamp_core.decoder.prompts import Prompt, Prompts, read_prompts, stop_token_ids_of
+from esamp_core.decoder.replay import replay_sample
 from esamp_core.decoder.results import Generation, Token
 from esamp_core.explorer import Explorer, check_start
 from esamp_core.models.parts import ModelParts, find_parts
@@ -64,6 +65,7 @@ def generate(
     apply: Apply = "candidates",
     neutral: bool = False,
     progress: bool = False,
+    return_distilled: bool = False,
     on_token: Callable[[Token], None] | None = None,
     on_result: Callable[[Generation], None] | None = None,
     explorer: Explorer | None = None,
@@ -97,6 +99,7 @@ def generate(
         graph=graph,
         max_batch_rows=max_batch_rows,
         progress=progress,
+        return_distilled=return_distilled,
         on_token=on_token,
         on_result=on_result,
     )
@@ -168,6 +171,7 @@ class Decoder:
         graph: GraphMode = "auto",
         max_batch_rows: int | None = None,
         progress: bool = False,
+        return_distilled: bool = False,
         on_token: Callable[[Token], None] | None = None,
         on_result: Callable[[Generation], None] | None = None,
     ) -> list[Generation]:
@@ -176,10 +180,11 @@ class Decoder:
         prompts: texts (the tokenizer adds its special tokens; apply a chat template yourself), lists of token ids, or
             an integer tensor [P, T], padded on either side, with its attention_mask [P, T].
         n: samples of each prompt; they share a Distiller, and a prefill.  Default 1.
-        params: one :class:`SamplingParams`, or one per prompt.  One for all: prompt i's request seed is seed + i
-            (modulo 2^64); without a seed a fresh one is drawn from torch's generator, so torch.manual_seed fixes it.
-            One per prompt: each seed is used as it is.  A sample's stream depends on its request seed and its index
-            alone (stratified: and on n), not on the batch it ran in.  Default ``PRESETS["default"].params``.
+        params: one :class:`SamplingParams`, or one per prompt.  One for all: each prompt's request seed is made of its
+            seed and the prompt's index (that of the first is the seed); without a seed a fresh one is drawn from
+            torch's generator, so torch.manual_seed fixes it.  One per prompt: each seed is used as it is.  A sample's
+            stream depends on its request seed and its index alone (stratified: and on n), not on the batch it ran in.
+            Default ``PRESETS["default"].params``.
             Unless they say ``distinct=False`` (or stratified, or temperature 0) the n samples of a prompt are drawn
             without replacement, so all of them differ.  They are numbered, and given to on_result, when all have ended;
             the first of them is the ordinary sample 0.  For estimates that need independent samples, such as
@@ -197,7 +202,10 @@ class Decoder:
             on CUDA where that is possible; where it is not, a warning says why, once per Decoder.  True: or raise.
             False: never.
         max_batch_rows: most rows at once, at least n.  Default 128, or n.
-        progress: show a bar.  on_token: called with every :class:`Token`, one step late; not with distinct siblings,
+        progress: show a bar.
+        return_distilled: keep what each token was explored with (``Generation.distilled``, 4 H bytes a token), so that
+            ``replay`` can tell its log-probability again.
+        on_token: called with every :class:`Token`, one step late; not with distinct siblings,
             of whose tokens none is certain before all have ended.  on_result: called with each
             :class:`Generation` as it finishes.
 
@@ -278,6 +286,7 @@ class Decoder:
             retain=groups is not None,
             # A sample that a stop string has ended must not go on in other rows.
             prompt_host=distinct and bool(strings),
+            keep_distilled=return_distilled,
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.
@@ -290,6 +299,31 @@ class Decoder:
                 output.close()
         return output.results()
 
+    def replay(self, generation: Generation, logits: Tensor) -> Tensor:
+        """Log-probabilities of a sample's tokens again, with what each of them was explored with: for trainers.
+
+        generation: from ``generate(return_distilled=True)`` of a Decoder with these options; without exploration
+            (beta 0) any.
+        logits: [T, V] float, the model's own at the T positions that the tokens were drawn from, under the weights of
+            now; the log-probabilities are differentiable in them.  The prediction is the one of then, and a constant.
+
+        Returns float32 [T], nats: ``generation.logprobs`` where logits are those of then, to rounding; -inf for a token
+        that the filters no longer keep.  Raises ArgumentError; UnsupportedModelError with apply "latent" and a
+        soft-cap.
+        """
+        given, choice = self._given, (self.config if self._given is None else self._given.config).target == "choice"
+        return replay_sample(
+            self.parts,
+            self.parts.head.centred() if choice else self.parts.head,
+            generation,
+            logits,
+            self.apply,
+            model_weight=0.0 if choice else 1.0,
+            neutral=self.neutral if given is None else given.neutral,
+            filter_order=self.filter_order if given is None else given.filter_order,
+            max_candidates=self.max_candidates if given is None else given.max_candidates,
+        )
+
     def _settled(self, params: SamplingParams, n: int) -> SamplingParams:
         """Whether a prompt's samples are distinct: where that is possible, unless the parameters say otherwise."""
         learns = (self.config if self._given is None else self._given.config).target
@@ -298,12 +332,12 @@ class Decoder:
         possible = n > 1 and params.temperature > 0 and not params.stratified and learns == "deep"
         return replace(params, distinct=possible and params.distinct is not False)
 
-    def _check_first(self, tapped: Tapped, cache: Any) -> None:
-        """Once per model: the forward uses what it is given, and the head that scores candidates is the model's."""
-        if self._checked:
-            return
+    def _check_first(self, tapped: Tapped, cache: Any, explores: bool) -> None:
+        """The forward uses what it is given; and once, before anything explores: the head is the model's."""
         name = type(self.parts.model).__name__
         if holds_nothing(cache):
             raise UnsupportedModelError(f"{name} was given a cache as {self.parts.cache_argument} and left it empty")
-        assert self.explorer is not None
-        self._checked = check_head(self.parts, self.explorer.head or self.parts.head, tapped)
+        if explores and not self._checked:
+            assert self.explorer is not None
+            head = None if self.apply == "latent" else self.explorer.head or self.parts.head
+            self._checked = check_head(self.parts, head, tapped)

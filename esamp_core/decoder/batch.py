@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esamp_core.base.tensors import Draw
+from esamp_core.base.tensors import Distilled, Draw
 from esamp_core.decoder.kv_cache import reorder_columns
 from esamp_core.decoder.results import Drawn, RunningSample
 from esamp_core.explorer import Rows
@@ -26,6 +26,7 @@ class Step(NamedTuple):
 
     draw: Draw
     parent: Tensor | None  # int64 [R]: which row each goes on from, where distinct siblings change places
+    distilled: Distilled | None  # what the tokens were explored with, if that is kept
 
 
 class Receipt:
@@ -40,6 +41,7 @@ class Receipt:
         self._integers = _to_host(torch.stack([draw.token_ids, draw.count, draw.status.long()]))
         self._numbers = _to_host(numbers)
         self._places = None if step.parent is None else (_to_host(step.parent), _to_host(rows.tree.perturbed))
+        self._distilled = None if step.distilled is None else Distilled(*map(_to_host, step.distilled))
         self._arrived: Any = None
         if numbers.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -51,7 +53,8 @@ class Receipt:
             self._arrived.synchronize()
         token_ids, count, status = self._integers.tolist()
         logprob, base_logprob, novelty, kl = self._numbers.tolist()
-        return list(map(Drawn, token_ids, logprob, base_logprob, novelty, kl, count, status))
+        distilled = [None] * len(token_ids) if self._distilled is None else list(map(Distilled, *self._distilled))
+        return list(map(Drawn, token_ids, logprob, base_logprob, novelty, kl, count, status, distilled))
 
     def places(self) -> tuple[list[int], list[float]] | None:
         """After ``read``, where the batch has distinct siblings: each row's parent, and what they are ordered by."""
@@ -122,7 +125,7 @@ class Batch:
 
     def advance(self, step: Step, stop_ids: Tensor, pad_id: int) -> None:
         """Take a step's tokens in: who is finished, what is fed next.  Nothing here waits for the device."""
-        draw, parent = step
+        draw, parent, _ = step
         if parent is not None:
             self.remaining.copy_(self.remaining[parent])
             self.positions.copy_(self.positions[parent])

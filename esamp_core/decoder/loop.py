@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.base.errors import EsampError, UnsupportedModelError
-from esamp_core.base.tensors import Draw
+from esamp_core.base.tensors import Distilled, Draw
 from esamp_core.decoder.batch import Batch, Receipt, Step, to_device
 from esamp_core.decoder.cuda_graph import GraphPolicy, WaveSteps
 from esamp_core.decoder.kv_cache import RowCache, static_cache
@@ -38,19 +38,22 @@ class Run:
         n: int,
         batch_rows: int,
         stop_ids: tuple[int, ...],
-        check_first: Callable[[Tapped, Any], None],
+        check_first: Callable[[Tapped, Any, bool], None],
         waves: GraphPolicy | None,
         latent: bool,
         retain: bool,
         prompt_host: bool,
+        keep_distilled: bool,
     ) -> None:
-        """check_first: called with a prefill's states and cache.  waves: of a static cache; None is a dynamic one.
-        latent: whether states are mixed before the head.  retain: whether Distillers outlive their prompts.
-        prompt_host: the host handles a step before the next begins, instead of one late."""
+        """check_first: called with a prefill's states and cache, and whether a row explores.  waves: of a static cache;
+        None is a dynamic one.  latent: whether states are mixed before the head.  retain: whether Distillers outlive
+        their prompts.  prompt_host: the host handles a step before the next begins, instead of one late.
+        keep_distilled: results say what tokens were explored with."""
         self._parts, self._explorer, self._check_first = parts, explorer, check_first
         self._queue, self._n, self._batch_rows = queue, n, batch_rows
         self._waves, self._static = waves, waves is not None
         self._latent, self._retain, self._prompt_host = latent, retain, prompt_host
+        self._keep_distilled = keep_distilled
         self._steps: WaveSteps | None = None
         self._stop_ids = to_device(stop_ids, self._parts.device)
         self._pad_id = pad_token_id_of(self._parts.model, self._parts.vocab_size)
@@ -137,16 +140,26 @@ class Run:
         return self._draw(batch, tapped)
 
     def _draw(self, batch: Batch, tapped: Tapped) -> Step:
+        kept = self._distilled(batch) if self._keep_distilled else None
         if batch.rows.families is None:
-            step = Step(self._explorer.sample(tapped.logits, batch.rows), None)
+            step = Step(self._explorer.sample(tapped.logits, batch.rows), None, kept)
         else:
-            step = Step(*self._explorer.branch(tapped.logits, batch.rows))
+            draw, parent = self._explorer.branch(tapped.logits, batch.rows)
+            step = Step(draw, parent, None if kept is None else Distilled(*(t[parent] for t in kept)))
         if batch.explores:
             self._explorer.learn(tapped.deep, batch.rows)
             if self._latent:
                 step = step._replace(draw=_without_the_base_model(step.draw, batch.rows.params.beta))
         batch.advance(step, self._stop_ids, self._pad_id)
         return step
+
+    def _distilled(self, batch: Batch) -> Distilled:
+        """What the step is about to explore with, before it is drawn."""
+        found = self._explorer.distilled(batch.rows)
+        if found is not None:
+            return found
+        rows, device = len(batch.rows), self._parts.device
+        return Distilled(torch.zeros(rows, self._parts.hidden_size, device=device), torch.zeros(rows, device=device))
 
     def _start(self, taps: Taps, prompts: list[Prompt]) -> Receipt:
         """Prefill prompts once each, spread them over their samples, draw the first tokens, and join the batch."""
@@ -164,7 +177,7 @@ class Run:
             positions.clamp(min=0),
             cache,
         )
-        self._check_first(tapped, cache)
+        self._check_first(tapped, cache, any(prompt.explores for prompt in prompts))
         origin = [i for i in range(len(prompts)) for _ in range(n)]
         spread = to_device(origin, device)
         if n > 1:

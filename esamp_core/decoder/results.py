@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
+
+from esamp_core.base.config import SamplingParams
+from esamp_core.base.tensors import Distilled
 from esamp_core.decoder.prompts import Prompt
 
 FinishReason = Literal["stop", "length", "empty"]
@@ -42,8 +46,11 @@ class Generation:
     finish_reason: FinishReason  # "empty": the model left no token that could be drawn
     stop_reason: int | str | None  # the stop token or stop string that ended it
     seed: int  # the request seed of the prompt: SamplingParams(seed=...) that repeats this prompt alone
+    params: SamplingParams  # with this seed, and with distinct decided
     perturbed_logprob: float | None = None  # nats, of distinct siblings: what orders them, the largest first
     copy_of: int | None = None  # sample_index: fewer than n different samples were left, and this is that one again
+    # With return_distilled, on the CPU: prediction [T, H] and strength [T] of the T tokens.  See Decoder.replay.
+    distilled: Distilled | None = field(default=None, compare=False)
 
 
 class Drawn(NamedTuple):
@@ -56,6 +63,7 @@ class Drawn(NamedTuple):
     kl: float
     count: int  # type: ignore[assignment]  # a tuple has a method of this name
     status: int
+    distilled: Distilled | None  # prediction [H] and strength, 0-d, if they are kept
 
 
 @dataclass
@@ -83,6 +91,10 @@ class RunningSample:
         self.drawn, self.token_ids, self.status = list(other.drawn), list(other.token_ids), other.status
         self.finish_reason = self.stop_reason = None
 
+    def _distilled(self) -> Distilled | None:
+        kept = [d.distilled for d in self.drawn if d.distilled is not None]
+        return Distilled(*map(torch.stack, zip(*kept, strict=True))) if kept else None
+
     def generation(
         self, text: str | None, number: int | None = None, perturbed: float | None = None, copy_of: int | None = None
     ) -> Generation:
@@ -104,6 +116,8 @@ class RunningSample:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             seed=self.prompt.params.seed,
+            params=self.prompt.params,
             perturbed_logprob=perturbed,
             copy_of=copy_of,
+            distilled=self._distilled(),
         )

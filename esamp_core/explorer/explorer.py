@@ -14,7 +14,7 @@ from esamp_core.base.checks import LOGIT_DTYPES, check_hashables, check_logits, 
 from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
 from esamp_core.base.errors import ArgumentError, StateError
 from esamp_core.base.seeds import request_seeds, row_seeds
-from esamp_core.base.tensors import Branch, Draw, Head, RowParams
+from esamp_core.base.tensors import Branch, Distilled, Draw, Head, RowParams
 from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
 from esamp_core.explorer.learner import Learner
 from esamp_core.explorer.rows import Ledger, Rows
@@ -74,9 +74,8 @@ class Explorer:
         check_options(filter_order, max_candidates)
         require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
         require(not (neutral and head is None), "neutral", "be False without a head: candidates alone have it", neutral)
-        self.head, self.neutral = head, neutral
+        self.head, self.neutral, self.max_groups = head, neutral, max_groups
         self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
-        self.max_groups = max_groups
         self._device = torch.empty(0, dtype=torch.int64, device=device).device if head is None else head.weight.device
         self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
         self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
@@ -144,27 +143,25 @@ class Explorer:
         for name, values in (("sample_index", sample_index), ("position", positions)):
             if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
                 raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
-        if sets is not None:
-            sets = check_hashables("sets", sets, count)
+        named = groups if sets is None else check_hashables("sets", sets, count)
         if any((p.stratified or p.distinct) and at for p, at in zip(per_row, positions, strict=True)):
             raise ArgumentError(f"position must be 0 for stratified rows and distinct ones, got {position!r}")
-        named = groups if sets is None else sets
         distinct = distinct_sets(per_row, named)
         if distinct and self.config.target != "deep":
             raise ArgumentError(f"params.distinct must be False with target {self.config.target!r}")
         self._ledger.admit(count)
         seeds = request_seeds(groups, per_row)
         rows = self._ledger.enter(groups, per_row, sample_index, seeds, retain, self._learner.reset, distinct)
-        request = torch.tensor(seeds, dtype=torch.int64, device=self._device)
-        index = torch.tensor([r.sample_index for r in rows], dtype=torch.int64, device=self._device)
+        index = [r.sample_index for r in rows]
+        numbers = torch.tensor([seeds, index, positions], dtype=torch.int64, device=self._device)
+        row_seed = row_seeds(numbers[0], numbers[1])
         grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
-        row_seed = row_seeds(request, index)
         tree, here = starting_tree(distinct, row_seed)
         return Rows(
             self._ledger,
             rows,
             row_seed,
-            torch.tensor(positions, dtype=torch.int64, device=self._device),
+            numbers[2].clone(),
             starting_codes(per_row, named, row_seed),
             tree,
             here,
@@ -191,9 +188,7 @@ class Explorer:
         self._ledger.check(rows)
         check_tensor("shallow", shallow, (len(rows), self._bank.hidden_size), self._device)
         if self._ledger.step is not None and self._learner.learns:
-            raise StateError(
-                "predict was called again before learn; every predicted step must be learned (lr=0 freezes)"
-            )
+            raise StateError("predict was called again before learn; every step must be learned (lr=0 freezes)")
         self._ledger.step, self._done, self._drawn = rows, "", None
         if rows.grouped:
             self._learner.predict(shallow.detach(), rows.row_groups, rows.slots, rows.active)
@@ -212,6 +207,12 @@ class Explorer:
         if not self._learner.scored:
             raise StateError("prediction needs a step learned before, or config.deep_scale: its scale is not known yet")
         return self._learner.prediction()
+
+    def distilled(self, rows: Rows) -> Distilled | None:
+        """What this step, from ``predict`` to ``learn``, explores with; None: no row does.  Valid as ``prediction``."""
+        if self._ledger.step is not rows or not (rows.explores and self._learner.scored):
+            return None
+        return Distilled(self._learner.prediction(), self._learner.strength(rows.params.beta))
 
     @torch.no_grad()
     def mix(self, deep: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
@@ -290,23 +291,23 @@ class Explorer:
         self._ledger.check(rows)
         check_logits(logits, rows=len(rows), device=self._device)
         rows.check_tensors()
-        predicted, mixed = self._ledger.step is rows, self._done == "mixed"
+        predicted = self._ledger.step is rows
         if predicted and self._done == "sampled":
             raise StateError(f"{verb} was called twice in a step; call learn and predict first")
         if rows.explores and not predicted:
             raise StateError(f"{verb} needs predict for these very rows first, or nothing would be explored (beta > 0)")
         if model_logits is not None:
             check_logits(model_logits, "model_logits", logits)
-        use = predicted and not mixed and rows.explores and self._learner.scored
-        head = self._learner.head
-        if use and head is None:
+        distilled = None if self._done == "mixed" else self.distilled(rows)
+        head = None if distilled is None else self._learner.head
+        if distilled is not None and head is None:
             raise StateError(f"{verb} needs a head to explore with, or mix first: this Explorer has none")
-        if use and head is not None:
+        if head is not None:
             head.check_covers(logits.shape[1])
         return {
-            "params": rows.params._replace(beta=self._learner.strength(rows.params.beta)) if use else rows.params,
-            "direction": self._learner.prediction() if use else None,
-            "head": head if use else None,
+            "params": rows.params if distilled is None else rows.params._replace(beta=distilled.strength),
+            "direction": None if distilled is None else distilled.prediction,
+            "head": head,
             "model_logits": model_logits,
             "model_weight": 0.0 if self.config.target == "choice" else 1.0,
             "neutral": self.neutral,
@@ -345,10 +346,9 @@ class Explorer:
             self._learner.stage(target.detach(), teaches)
 
     def flush(self) -> None:
-        """Enqueue what ``learn`` has staged now, instead of at the next ``predict``.
+        """Enqueue what ``learn`` has staged now, not at the next ``predict``: the same, bit for bit.  Returns at once.
 
         For engines that only call ``predict`` when the forward is over: learning then runs beside the next forward.
-        The result is the same, bit for bit.  Returns at once.
         """
         self._learner.flush()
 

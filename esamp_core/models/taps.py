@@ -264,20 +264,25 @@ class PassiveTaps(ForeignTaps):
 
 
 @torch.no_grad()
-def check_head(parts: ModelParts, head: Head, tapped: Tapped) -> bool:
+def check_head(parts: ModelParts, head: Head | None, tapped: Tapped) -> bool:
     """Whether the head, applied to the tapped deep state, gives the model's logits; raises if it does not.
 
+    head: what candidates are scored by; None is the model's own module, with adapters and all, as the latent form has.
     Returns False where no row has finite numbers to judge by.  Waits for the device.  Raises UnsupportedModelError.
     """
-    name, rows = type(parts.model).__name__, slice(0, 2)
+    name, rows, own = type(parts.model).__name__, slice(0, 2), head is None
+    head = head or parts.head
     deep, logits = tapped.deep[rows], tapped.logits[rows].float()
     if deep.shape[1] != head.hidden_size or logits.shape[1] > head.vocab_size:
         raise UnsupportedModelError(
             f"{name}: the head is {list(head.weight.shape)}, but its input has {deep.shape[1]} features and the model "
             f"gives {logits.shape[1]} logits"
         )
-    dots = nn.functional.linear(deep.to(head.weight.dtype), head.weight, head.bias)[:, : logits.shape[1]].float()
-    expected = transform_scores(dots, head)
+    if own:
+        expected = parts.logits(deep)[:, : logits.shape[1]]
+    else:
+        dots = nn.functional.linear(deep.to(head.weight.dtype), head.weight, head.bias)[:, : logits.shape[1]].float()
+        expected = transform_scores(dots, head)
     finite = torch.isfinite(logits).all(-1) & torch.isfinite(expected).all(-1)
     if not bool(finite.any()):
         return False
