@@ -28,7 +28,7 @@ from esamp_core.models.parts import cache_argument
 from esamp_core.report.metrics import paired_bootstrap
 from esamp_core.sample import DistillerConfig, SamplingParams
 
-SIBLINGS, GROUPS, SEEDS = 8, 16, 2
+SIBLINGS, GROUPS = 8, 16
 PROMPTS_AT_A_TIME = 8
 # Verifiable, answered in a line or a few, and seldom solved at the first try.  The items are those after the bed's own.
 TASKS = ("gcd", "sums", "equation", "binary", "sorting", "euclid", "chat")
@@ -167,7 +167,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 def run(
     out: Annotated[Path, typer.Option(help="The JSON file, written after every unit and continued.")],
     only: Annotated[str, typer.Option(help="Samplers, by name, separated by ';'; default all.")] = "",
-    seeds: Annotated[int, typer.Option(help="How many.")] = SEEDS,
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1",
     works: Annotated[str, typer.Option(help="Works, separated by commas.")] = ",".join(TASKS),
 ) -> None:
     """Sample, judge and score every unit that the file does not hold yet."""
@@ -175,7 +175,7 @@ def run(
     bed, wanted = Bed(BED_OUT, "cpu"), [s for s in SAMPLERS if not only or s.name in only.split(";")]
     cases = continued(out, "rl-groups") if out.exists() else []
     done = {(c["sampler"], c["work"], c["seed"]) for c in cases}
-    for seed in range(seeds):
+    for seed in map(int, seeds.split(",")):
         for work in (w for name in works.split(",") for w in WORK if w.name == name):
             for sampler in wanted:
                 if (sampler.name, work.name, seed) in done:
@@ -187,12 +187,12 @@ def run(
 
 @app.command()
 def table(
-    file: Annotated[Path | None, typer.Argument(help="Default: the latest rl-groups-*.json of bench/results.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help="Default: rl-groups-*.json of bench/results.")] = None,
     doc: Annotated[Path | None, typer.Option(help="Write it between its marks in this file.")] = None,
 ) -> None:
-    """The table of a file, as markdown."""
-    found = file or max(RESULTS.glob("rl-groups-*.json"))
-    show(markdown(load(found)["cases"]), doc, "rl-groups")
+    """The table of what was run, as markdown."""
+    found = files or sorted(RESULTS.glob("rl-groups-*.json"))
+    show(markdown([case for file in found for case in load(file)["cases"]]), doc, "rl-groups")
 
 
 if __name__ == "__main__":
