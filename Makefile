@@ -12,7 +12,9 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 VLLM_VENV ?= .venv-vllm
 CARD_VENV ?= .venv-card
+RL_VENV ?= .venv-rl
 WITH ?=
+EXTRAS ?= dev
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -23,7 +25,7 @@ SHELL := bash
 
 BIN := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
-STAMP := $(VENV)/.installed-$(notdir $(PYTHON))-$(shell echo '$(WITH)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(notdir $(PYTHON))-$(shell echo '$(WITH) $(EXTRAS)' | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Bytecode is written when a module is first imported; to compile all of torch and transformers takes longer than copying.
 # vLLM's environment is compiled: its tests start many processes, and each would begin without bytecode.
@@ -58,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) $(INSTALL) -c $(PINS) $$(grep '^torch==' $(PINS))
 	@$(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("triton" in r for r in m.requires("torch")))' \
 		|| mv $(PINS).all $(PINS)
-	PIP_CONSTRAINT=$(PINS) $(PIP) $(INSTALL) -c $(PINS) -e '.[dev]'
+	PIP_CONSTRAINT=$(PINS) $(PIP) $(INSTALL) -c $(PINS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 # vLLM needs an older transformers than the rest, so it has an environment of its own.
@@ -83,6 +85,17 @@ test-vllm: venv-vllm ## the vLLM binding in real engines on the CPU; builds .ven
 	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest -n $(JOBS) --dist loadfile tests/vllm_engine $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 ESAMP_TEST_RUNNER=v2 $(VLLM_PYTHON) -m pytest -n $(JOBS) --dist loadfile \
 		tests/vllm_engine/test_engine.py tests/vllm_engine/test_schedules.py tests/vllm_engine/test_settings.py $(PYTEST_ARGS)
+
+# TRL and lm-evaluation-harness bring a hundred packages, which nothing else here needs.
+RL := VENV=$(RL_VENV) EXTRAS=dev,trl,lm-eval,rl-examples WITH='$(shell grep -E '^[A-Za-z]' constraints-rl.txt)'
+
+.PHONY: venv-rl
+venv-rl:
+	@$(MAKE) venv $(RL)
+
+.PHONY: test-rl
+test-rl: venv-rl ## the bindings for TRL and lm-evaluation-harness, and their examples; builds .venv-rl
+	$(ONE_THREAD) $(RL_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/rl $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: venv ## the embedded model, independent samples against the default
@@ -211,6 +224,12 @@ bed-table: venv ## the latest bed of bench/results, written into docs/quality.md
 	$(BIN)/python -m bench.bed table --doc docs/quality.md
 	$(BIN)/python -m bench.bed table --pool report --doc docs/quality.md
 
+RL_OUT ?= bench/out/rl-groups.json
+.PHONY: rl-groups
+rl-groups: venv-bed ## the table of docs/rl.md: what a trainer gets of samplers on a real model; an hour and a half on a core
+	PYTHONPATH=. $(ONE_THREAD) $(BIN)/python -m bench.rl_groups run --out $(RL_OUT)
+	PYTHONPATH=. $(BIN)/python -m bench.rl_groups table $(RL_OUT)
+
 .PHONY: lint
 lint: venv ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -281,7 +300,7 @@ for name in dict.fromkeys(names):
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not name.startswith("esamp_core.bindings.") or str(error.name).split(".")[0] != "vllm":
+        if not name.startswith("esamp_core.bindings.") or str(error.name).split(".")[0] not in ("vllm", "trl", "lm_eval"):
             raise
 print(f"{len(set(names))} modules of esamp_core {esamp_core.__version__} import from the wheel")
 endef
@@ -310,5 +329,5 @@ clean: ## remove build outputs and caches, keep .venv
 	find esamp_core kernels bindings bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: clean-venv
-clean-venv: ## remove .venv, .venv-oldest, .venv-vllm and .venv-card
-	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) $(CARD_VENV)
+clean-venv: ## remove .venv, and .venv-oldest, -vllm, -card and -rl
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) $(CARD_VENV) $(RL_VENV)

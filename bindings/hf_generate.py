@@ -166,6 +166,31 @@ def requested_params(config: Any, base: SamplingParams) -> SamplingParams:
     )
 
 
+# What of a GenerationConfig a decoder that is not generate does: what requested_params reads or refuses; ends, lengths.
+_DONE = {"do_sample", *_FILTERS, *_OTHER_FILTERS, "eos_token_id", "max_new_tokens", "max_length"}
+# What changes no token where neither beams nor an assistant draw it.
+_WITHOUT_EFFECT = {
+    *("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "decoder_start_token_id", "length_penalty", "early_stopping"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "is_assistant"),
+    *("renormalize_logits", "transformers_version", "_from_model_config"),
+}
+# Where a setting is off at something else than None, False, 0 or nothing in it.
+_OFF = dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale"), 1)
+_OFF |= dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1)
+
+
+def left_undone(config: Any) -> dict[str, tuple[Any, Any]]:
+    """What a GenerationConfig asks for beside filters, lengths and stop tokens: name -> (value, what it would be off).
+
+    A decoder that is not generate would drop it in silence.
+    """
+    names = sorted(vars(transformers.GenerationConfig()).keys() - _DONE - _WITHOUT_EFFECT)
+    asked = ((name, getattr(config, name, None), _OFF.get(name)) for name in names)
+    return {name: (value, off) for name, value, off in asked if value and value != off}
+
+
 def differing_filters(config: Any, params: SamplingParams) -> list[str]:
     """What generate was asked for and ``params`` does otherwise, as texts."""
     asked = _asked(config, {**_FILTERS, **_OTHER_FILTERS}) if config.do_sample else {}

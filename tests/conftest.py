@@ -12,7 +12,7 @@ import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
-collect_ignore = ["vllm_engine"]  # needs an environment of its own: make test-vllm
+collect_ignore = ["vllm_engine", "rl"]  # need environments of their own: make test-vllm, make test-rl
 
 # Triton reads this when a kernel module is imported, and importing torch does not import Triton.
 if not HAS_CUDA:

@@ -42,16 +42,23 @@ def says_sixteen_siblings(stdout: str) -> bool:
     return len(set(samples_of(stdout))) > 1 and len(samples_of(stdout)) == 16
 
 
-# What marks an example, and what it prints; the one for vLLM is run in vLLM's own environment.
+def says_the_same_twice(stdout: str) -> bool:
+    pairs = [tuple(map(float, line.split())) for line in stdout.splitlines()]
+    return len(pairs) == 4 and all(a < 0 and abs(a - b) < 0.05 for a, b in pairs)
+
+
+# What marks an example, and what it prints.
 EXAMPLES: dict[str, Callable[[str], bool]] = {
     "import SamplingParams, countdown, generate": says_four_samples,
     "bindings.hf import explore": says_sixteen_each,
     "explorer.predict": says_sixteen_siblings,
+    "decoder.replay": says_the_same_twice,
 }
+ELSEWHERE = ("from vllm import", "from trl import")  # run in environments of their own: tests/vllm_engine, tests/rl
 
 
 def test_every_example_is_known() -> None:
-    marks = [*EXAMPLES, "from vllm import"]
+    marks = [*EXAMPLES, *ELSEWHERE]
     assert [sum(mark in block for _, block in BLOCKS) for mark in marks] == [1] * len(marks)
     assert len(BLOCKS) == len(marks)
 

@@ -26,12 +26,12 @@ STANDS_ON = {
     "explorer": {"base", "reference", "ops"},
     "report": {"base"},
     "countdown": {"base", "models"},
-    "decoder": {"base", "models", "explorer"},
+    "decoder": {"base", "ops", "models", "explorer"},
     "sample": {"base", "ops", "explorer"},
     "esamp_core": {"decoder", "sample"},
     "calibration": {"base", "reference", "models", "explorer", "decoder"},
     "cli": {"base", "ops", "report", "countdown", "decoder", "calibration", "esamp_core"},
-    "bindings": {"base", "models", "explorer"},
+    "bindings": {"base", "models", "explorer", "decoder"},
     "kernels": set(),
 }
 MOST_FLOORS = 8
