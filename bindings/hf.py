@@ -143,7 +143,6 @@ class Exploration(ModelContext):
         self._filter_order, self._max_candidates, self._neutral = filter_order, max_candidates, neutral
         self.logits_processor: list[Any] = [_Processor(self)]
         """For ``generate(logits_processor=...)``.  Your own processors go before it: ``[mine, *this]``."""
-        self._head_checked = False
         self._run: _Run | None = None
 
     @property
@@ -228,8 +227,8 @@ class Exploration(ModelContext):
             filter_order=self._filter_order,
             neutral=self._neutral,
         )
-        if not self._head_checked:
-            self._head_checked = check_head(self._parts, explorer.head or self._parts.head, tapped)
+        if any(p.beta != 0 for p in per_prompt):  # of every generate: weights may have moved, or an adapter come
+            check_head(self._parts, explorer.head or self._parts.head, tapped)
         params = [self._base if g is None else per_prompt[numbers[g]] for g in groups]
         criteria = loop.stopping_criteria
         device = self._parts.device

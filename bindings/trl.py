@@ -108,6 +108,8 @@ class Rollout:
         """What the trainer was configured to sample with."""
         if trainer.use_vllm:
             raise ArgumentError("use_vllm must be False with this rollout; inside vLLM exploration is a plugin's")
+        if trainer.tools:
+            raise ArgumentError("tools must be left out with this rollout, which draws one turn")
         config = trainer.generation_config
         if undone := {name: value for name, (value, _) in left_undone(config).items()}:
             raise ArgumentError(f"the trainer must ask for filters, a length and stop tokens alone, got {undone}")
@@ -142,7 +144,6 @@ def _token_ids(prompts: Sequence[Any], trainer: GRPOTrainer) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(text=list(prompts))["input_ids"]]
     encoded = tokenizer.apply_chat_template(
         conversation=list(prompts),
-        tools=trainer.tools or None,
         chat_template=trainer.chat_template,
         add_generation_prompt=True,
         tokenize=True,

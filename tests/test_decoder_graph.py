@@ -79,6 +79,22 @@ def test_distinct_siblings(name: str, graphs: Graphs) -> None:
     assert len({g.token_ids for g in got}) == 4 * len(PROMPTS) and min(graphs.replays) > 5
 
 
+@pytest.mark.parametrize("distinct", [False, True])
+def test_what_is_kept_for_replay(distinct: bool, graphs: Graphs) -> None:
+    """Copied out of every replay before the next one overwrites it, and following rows that change places."""
+    options: dict[str, Any] = {
+        "n": 4, "params": replace(EXPLORE, distinct=distinct), "max_batch_rows": 8, "return_distilled": True,
+        "config": DistillerConfig(gate=False),
+    }  # fmt: skip
+    pairs = list(zip(run(build("llama"), False, **options), run(build("llama"), "auto", **options), strict=True))
+    assert min(graphs.replays) > 5
+    for want, got in pairs:
+        assert want.distilled is not None and got.distilled is not None
+        assert len(want.distilled.strength) == len(want.token_ids) and (want.distilled.strength[1:] > 0).all()
+        assert all(torch.equal(a, b) for a, b in zip(want.distilled, got.distilled, strict=True))
+        assert len(want.distilled.prediction.unique(dim=0)) > len(want.token_ids) // 2
+
+
 CONFIGS = {
     "lr0": DistillerConfig(lr=0.0, gate=False),
     "no gate": DistillerConfig(gate=False),

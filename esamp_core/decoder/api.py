@@ -273,6 +273,7 @@ class Decoder:
             device=parts.device if latent else None,
         )
         self.explorer = explorer
+        self._checked = False  # of this call: the weights of a kept Decoder may have moved, or an adapter come
         run = Run(
             parts,
             explorer,
@@ -333,7 +334,7 @@ class Decoder:
         return replace(params, distinct=possible and params.distinct is not False)
 
     def _check_first(self, tapped: Tapped, cache: Any, explores: bool) -> None:
-        """The forward uses what it is given; and once, before anything explores: the head is the model's."""
+        """The forward uses what it is given; and once a call, before anything explores: the head is the model's."""
         name = type(self.parts.model).__name__
         if holds_nothing(cache):
             raise UnsupportedModelError(f"{name} was given a cache as {self.parts.cache_argument} and left it empty")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from esamp_core.bindings.trl import BehaviourGRPOTrainer, Rollout, sibling_runs
-from esamp_core.sample import ArgumentError, DistillerConfig, UnsupportedModelError
+from esamp_core.decoder import Decoder
+from esamp_core.sample import ArgumentError, DistillerConfig, SamplingParams, UnsupportedModelError
 
 SIBLINGS = 4
 # A forward of a padded batch without a cache rounds otherwise than a decode step.
@@ -181,6 +183,29 @@ def test_adapters(tmp_path: Path, beta: float) -> None:
     assert (last - 1).abs().max() < ROUNDING if beta == 0 else (last - 1).abs().max() > 0.01
 
 
+def test_adapter_on_the_head() -> None:
+    """Candidates are scored by the head's own rows, so they refuse one that an adapter changes; a kept Decoder too."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")).eval()
+    prompts, options = [[3, 9, 14, 4]], {"n": 3, "max_new_tokens": 12, "stop_token_ids": ()}
+    params = SamplingParams(beta=0.5, distinct=False, seed=0)
+    candidates, latent = (Decoder(model, config=UNGATED, apply=apply) for apply in ("candidates", "latent"))
+    candidates.generate(prompts, params=params, **options)  # a fresh adapter changes nothing
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    for decoder in (candidates, Decoder(model, config=UNGATED)):
+        with pytest.raises(UnsupportedModelError, match="the output head as read"):
+            decoder.generate(prompts, params=params, **options)
+    for decoder, beta in ((candidates, 0.0), (latent, 0.5)):
+        asked = replace(params, beta=beta)
+        for sample in decoder.generate(prompts, params=asked, return_distilled=True, **options):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompts[0], *sample.token_ids]])).logits[0, 3:-1]
+            want = torch.tensor(sample.logprobs)
+            torch.testing.assert_close(decoder.replay(sample, logits), want, atol=2 * ROUNDING, rtol=0)
+
+
 def test_prompts_are_encoded_as_trl_encodes_them(tmp_path: Path) -> None:
     run = trainer(tmp_path, Rollout())
     for prompts in (MESSAGES, ["say ab", "x"]):
@@ -246,6 +271,11 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="rollout_func must be given"):
         trainer(tmp_path, None, kind=BehaviourGRPOTrainer).train()  # type: ignore[arg-type]
     run = trainer(tmp_path, Rollout())
+    for name in ("tools", "use_vllm"):
+        setattr(run, name, [vowels])
+        with pytest.raises(ArgumentError, match=f"{name} must be"):
+            run.rollout_func(MESSAGES[:1], run)
+        setattr(run, name, [])
     run.is_fsdp_enabled = True
     with pytest.raises(UnsupportedModelError, match="FSDP"):
         run.rollout_func(MESSAGES[:1], run)
