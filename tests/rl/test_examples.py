@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GRPO = "docs/examples/grpo.py"
 
 
-def printed(script: Path | str, *arguments: str, cwd: Path = ROOT) -> str:
-    run = subprocess.run([sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=500)
+def printed(*arguments: Path | str, cwd: Path = ROOT) -> str:
+    run = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
@@ -47,3 +47,15 @@ def test_grpo_on_a_task_of_reasoning_gym(tmp_path: Path) -> None:
     sizes = ("--steps", "2", "--prompts", "2", "--siblings", "4", "--tokens", "4")
     out = printed(GRPO, "--model", str(tmp_path), "--task", "gcd", *sizes)
     assert "informative groups" in out and len(re.findall(r"%$", out, re.MULTILINE)) == 2
+
+
+def test_the_command_of_the_evaluation_page() -> None:
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    (command,) = re.findall(
+        r"^    python (-m esamp_core.bindings.lm_eval run .*\\\n.* --tasks countdown)$", page, re.MULTILINE
+    )
+    out = printed(*command.replace("\\\n", " ").split())
+    one, several = (
+        float(re.search(rf"{name} *\|[^|]*\| *([\d.]+)", out)[1]) for name in ("solved_by_one", "solved_by_any")
+    )
+    assert 0 < one < several < 1
