@@ -120,10 +120,15 @@ def effective_share(log_weights: np.ndarray) -> float:
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
-    """The table: groups over all works, intervals over groups (an item's seeds averaged)."""
-    order = [s.name for s in SAMPLERS]
-    of = {name: [c for c in cases if c["sampler"] == name] for name in order}
-    share = {name: _per_group(of[name], informative) for name in order if of[name]}
+    """The table: groups of all works, intervals over groups (an item's seeds averaged), of units that all have run."""
+    present = {c["sampler"] for c in cases}
+    order = [s.name for s in SAMPLERS if s.name in present]
+    ran: dict[tuple[str, int], set[str]] = {}
+    for case in cases:
+        ran.setdefault((case["work"], case["seed"]), set()).add(case["sampler"])
+    whole = [c for c in cases if ran[c["work"], c["seed"]] == present]
+    of = {name: [c for c in whole if c["sampler"] == name] for name in order}
+    share = {name: _per_group(of[name], informative) for name in order}
     reference = share[order[0]]
     rows = []
     for name in share:

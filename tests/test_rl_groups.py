@@ -48,6 +48,7 @@ def test_table() -> None:
     first, other = SAMPLERS[0].name, SAMPLERS[4].name
     cases = [case(first, "a", seed, [0, 0], [0, 1], [1, 1], [0, 0]) for seed in (0, 1)]
     cases += [case(other, "a", 0, [0, 1], [0, 1], [1, 0], [0, 0]), case(other, "a", 1, [0, 1], [0, 0], [1, 0], [0, 0])]
+    cases += [case(first, "b", 0, [0, 1])]  # which the other has not run
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(cases).splitlines()[2:]]
     assert [row[0] for row in rows] == [first, other]
     assert rows[0][1:5] == ["25.0", "", "37.5", "50.0"]
