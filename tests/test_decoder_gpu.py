@@ -57,6 +57,21 @@ def test_gpu_distinct_siblings(name: str) -> None:
             assert len({g.token_ids for g in found[first : first + size["n"]]}) == size["n"]
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_gpu_what_is_kept_tells_the_log_probability_again(graph: bool) -> None:
+    """Copied to the host before the second stream writes the next prediction over it."""
+    decoder = Decoder(on_gpu("llama"), config=DistillerConfig(gate=False, lr=0.5))
+    params = SamplingParams(seed=3, beta=0.5, temperature=0.8, distinct=False)
+    options: dict[str, Any] = {"prompts": PROMPTS, "params": params, "stop_token_ids": STOP} | SIZE
+    for sample in decoder.generate(cache="static", graph=graph, return_distilled=True, **options):
+        ids = torch.tensor([[*sample.prompt_token_ids, *sample.token_ids]], device="cuda")
+        with torch.no_grad():
+            logits = decoder.model(ids).logits[0, len(sample.prompt_token_ids) - 1 : -1]
+        assert sample.distilled is not None and not sample.distilled.prediction.is_cuda
+        got = decoder.replay(sample, logits).cpu()
+        torch.testing.assert_close(got, torch.tensor(sample.logprobs), atol=2e-3, rtol=0)
+
+
 def test_gpu_replayed_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     original, replayed = loop.Run._step, []
 

@@ -49,10 +49,16 @@ def test_the_gradient_has_the_exact_mean(stratified: bool) -> None:
 
 
 def test_stratified_siblings_estimate_it_with_less_variance() -> None:
-    spread = {}
+    """And the group's mean reward, which is no baseline that is independent of them, takes less of it away."""
+    spread, taken = {}, {}
     for stratified in (False, True):
         tokens, p = first_tokens(stratified)
         reward = np.random.default_rng(1).normal(size=len(p))
-        estimates = (reward[tokens][..., None] * (np.eye(len(p))[tokens] - p)).mean(1)
+        scores = np.eye(len(p))[tokens] - p
+        estimates = (reward[tokens][..., None] * scores).mean(1)
         spread[stratified] = float(estimates.var(0, ddof=1).sum())
+        baseline = (reward[tokens].mean(1)[:, None] * scores.mean(1)).mean(0)
+        exact = p * (reward - p @ reward)
+        taken[stratified] = float(baseline @ exact / (exact @ exact))
     assert spread[True] < 0.5 * spread[False]
+    assert abs(taken[False] - 1 / SIBLINGS) < 0.05 and taken[True] < 0.5 * taken[False]
