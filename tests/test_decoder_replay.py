@@ -47,7 +47,7 @@ def check(decoder: Decoder, samples: Sequence[Generation]) -> None:
         assert got.dtype == torch.float32 and got.shape == drawn.shape
         torch.testing.assert_close(got, drawn, atol=TOLERANCE, rtol=TOLERANCE)
         plain = decoder.replay(replace(sample, params=replace(sample.params, beta=0.0), distilled=None), logits)
-        moved = max(moved, float((plain - drawn).abs().max()))
+        moved = max(moved, float((plain - drawn).detach().abs().max()))
     assert moved > 100 * TOLERANCE
 
 

@@ -38,8 +38,9 @@ def prompt_seed(seed: int, index: int) -> int:
     """
     if index == 0:
         return seed % 2**64
-    zero, key = torch.zeros((), dtype=torch.int64), torch.tensor(as_int64(seed))
-    low, high, _, _ = philox(zero + (index & WORD_MASK), zero + DOMAIN_PROMPT, zero + (index >> 32), zero, key)
+    counter = (index & WORD_MASK, DOMAIN_PROMPT, index >> 32, 0)
+    words = [torch.tensor(word, dtype=torch.int64, device="cpu") for word in (*counter, as_int64(seed))]
+    low, high, _, _ = philox(*words)
     return int(low) | (int(high) >> 1) << 32
 
 

@@ -158,8 +158,8 @@ class Run:
         found = self._explorer.distilled(batch.rows)
         if found is not None:
             return found
-        rows, device = len(batch.rows), self._parts.device
-        return Distilled(torch.zeros(rows, self._parts.hidden_size, device=device), torch.zeros(rows, device=device))
+        shapes = (len(batch.rows), self._parts.hidden_size), (len(batch.rows),)
+        return Distilled(*(torch.zeros(shape, dtype=torch.float32, device=self._parts.device) for shape in shapes))
 
     def _start(self, taps: Taps, prompts: list[Prompt]) -> Receipt:
         """Prefill prompts once each, spread them over their samples, draw the first tokens, and join the batch."""
