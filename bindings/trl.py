@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from esamp_core.base.config import Apply, DistillerConfig, SamplingParams
+from esamp_core.base.checks import is_int
+from esamp_core.base.config import Apply, DistillerConfig, SamplingParams, check_apply, check_options
 from esamp_core.base.errors import ArgumentError, EsampError, UnsupportedModelError
 from esamp_core.bindings.hf_generate import left_undone, requested_params
 from esamp_core.decoder import Decoder, Generation
@@ -34,6 +36,7 @@ class Rollout:
         single completions stay what they are.  Default True.
     config, max_candidates, shallow_layer, apply, neutral: of the Decoder, for beta above 0.
     cache, max_batch_rows: of ``Decoder.generate``.
+    Raises ArgumentError.
 
     In evaluation nothing is explored: it is the model that is evaluated.  Every call draws fresh seeds from torch's
     generator, which the trainer seeds, for each process differently.  Dropout is off while completions are drawn, and
@@ -53,7 +56,9 @@ class Rollout:
         cache: CacheKind = "dynamic",
         max_batch_rows: int | None = None,
     ) -> None:
-        self._params = SamplingParams(beta=beta, stratified=stratified, distinct=False)  # checks them
+        self._params = SamplingParams(beta=beta, stratified=stratified, distinct=False)
+        check_options("transformers", max_candidates)
+        check_apply(apply, (config or DistillerConfig()).target, neutral)
         self._decoder_options: dict[str, Any] = {
             "config": config,
             "max_candidates": max_candidates,
@@ -80,7 +85,8 @@ class Rollout:
                 f"own (use BehaviourGRPOTrainer), got {self._params.beta}"
             )
         training = trainer.model.training
-        params, stop_ids = self._requested(trainer, training)
+        params = self._requested(trainer)
+        asked = trainer.generation_config
         prompt_ids = _token_ids(prompts, trainer)
         completions: list[Generation] = []
         with _evaluating(trainer) as model:
@@ -90,9 +96,9 @@ class Rollout:
                 completions += decoder.generate(
                     alike,
                     n=n,
-                    params=params,
-                    max_new_tokens=trainer.max_completion_length,
-                    stop_token_ids=stop_ids,
+                    params=params if training else replace(params, beta=0.0),
+                    max_new_tokens=asked.max_new_tokens,
+                    stop_token_ids=[asked.eos_token_id] if is_int(asked.eos_token_id) else asked.eos_token_id,
                     cache=self._cache,
                     max_batch_rows=self._max_batch_rows,
                 )
@@ -104,7 +110,7 @@ class Rollout:
             "logprobs": [list(completion.logprobs) for completion in completions],
         }
 
-    def _requested(self, trainer: GRPOTrainer, training: bool) -> tuple[SamplingParams, Sequence[int]]:
+    def _requested(self, trainer: GRPOTrainer) -> SamplingParams:
         """What the trainer was configured to sample with."""
         if trainer.use_vllm:
             raise ArgumentError("use_vllm must be False with this rollout; inside vLLM exploration is a plugin's")
@@ -119,7 +125,7 @@ class Rollout:
                 f"generation_kwargs must leave the temperature at {trainer.temperature}, at which the trainer scores "
                 f"completions, got {params.temperature}"
             )
-        return params if training else SamplingParams(**{**vars(params), "beta": 0.0}), trainer.eos_token_ids
+        return params
 
 
 def sibling_runs(prompts: Sequence[list[int]], most: int) -> Iterator[tuple[list[list[int]], int]]:

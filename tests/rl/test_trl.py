@@ -237,6 +237,11 @@ def test_completions_end_as_trl_wants_them(tmp_path: Path) -> None:
     assert any(end == 1 for end in ends)
     lengths = [len(ids) for ids in run.rollout_func(MESSAGES * 8, run)["completion_ids"]]
     assert max(lengths) <= 60 and min(lengths) >= 1
+    # What generation_kwargs say in their place holds.
+    run = trainer(tmp_path, Rollout(), generation_kwargs={"max_new_tokens": 5, "eos_token_id": 20})
+    found = run.rollout_func(MESSAGES * 8, run)["completion_ids"]
+    assert max(map(len, found)) == 5 and any(ids[-1] == 20 and len(ids) < 5 for ids in found)
+    assert any(1 in ids[:-1] for ids in found)
 
 
 def test_sibling_runs() -> None:
@@ -256,7 +261,7 @@ def test_filters_of_the_trainer_are_obeyed(tmp_path: Path) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
-    for wrong in ({"beta": float("nan")}, {"stratified": 1}):
+    for wrong in ({"beta": float("nan")}, {"stratified": 1}, {"max_candidates": 0}, {"apply": "logits"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             Rollout(**wrong)
     explores = Rollout(beta=0.1)
