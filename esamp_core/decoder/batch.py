@@ -53,7 +53,9 @@ class Receipt:
             self._arrived.synchronize()
         token_ids, count, status = self._integers.tolist()
         logprob, base_logprob, novelty, kl = self._numbers.tolist()
-        distilled = [None] * len(token_ids) if self._distilled is None else list(map(Distilled, *self._distilled))
+        distilled: list[Distilled | None] = [None] * len(token_ids)
+        if self._distilled is not None:  # copied, as samples keep their rows to the end, and pinned memory is scarce
+            distilled = list(map(Distilled, *(rows.clone() for rows in self._distilled)))
         return list(map(Drawn, token_ids, logprob, base_logprob, novelty, kl, count, status, distilled))
 
     def places(self) -> tuple[list[int], list[float]] | None:
