@@ -38,12 +38,14 @@ POOL = "tune"
 
 @dataclass(frozen=True)
 class Sampler:
-    """policy: whether the reported log-probabilities are those of each sample alone."""
-
     name: str
     params: SamplingParams
     config: DistillerConfig = field(default_factory=DistillerConfig)
-    policy: bool = True
+
+    @property
+    def policy(self) -> bool:
+        """Whether the reported log-probabilities are those of each sample alone."""
+        return not self.params.distinct
 
 
 PLAIN = SamplingParams(beta=0.0, distinct=False)
@@ -61,7 +63,7 @@ SAMPLERS = (
     Sampler("exploration, .25", replace(PLAIN, beta=0.25)),
     Sampler("exploration, ungated, .25", replace(PLAIN, beta=0.25), UNGATED),
     Sampler("stratified, exploration, .25", replace(STRATIFIED, beta=0.25)),
-    Sampler("distinct", replace(PLAIN, distinct=True), policy=False),
+    Sampler("distinct", replace(PLAIN, distinct=True)),
 )
 
 
@@ -128,7 +130,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
         ran.setdefault((case["work"], case["seed"]), set()).add(case["sampler"])
     whole = [c for c in cases if ran[c["work"], c["seed"]] == present]
     of = {name: [c for c in whole if c["sampler"] == name] for name in order}
-    share = {name: _per_group(of[name], informative) for name in order}
+    share = {name: _informative(of[name]) for name in order}
     reference = share[order[0]]
     rows = []
     for name in share:
@@ -149,11 +151,11 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     return grid(head, rows)
 
 
-def _per_group(cases: list[dict[str, Any]], value: Any) -> np.ndarray:
-    """One number per item, averaged over seeds, in the order of works."""
+def _informative(cases: list[dict[str, Any]]) -> np.ndarray:
+    """The share of each item's groups, averaged over seeds, in the order of works."""
     works = sorted({c["work"] for c in cases})
     runs = [[c for c in cases if c["work"] == work] for work in works]
-    return np.concatenate([np.mean([[float(value(g)) for g in c["groups"]] for c in same], 0) for same in runs])
+    return np.concatenate([np.mean([[float(informative(g)) for g in c["groups"]] for c in same], 0) for same in runs])
 
 
 def _ratios(cases: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:
@@ -178,7 +180,7 @@ def run(
     """Sample, judge and score every unit that the file does not hold yet."""
     torch.set_num_threads(1)
     bed, wanted = Bed(BED_OUT, "cpu"), [s for s in SAMPLERS if not only or s.name in only.split(";")]
-    cases = continued(out, "rl-groups") if out.exists() else []
+    cases = continued(out, "rl-groups")
     done = {(c["sampler"], c["work"], c["seed"]) for c in cases}
     for seed in map(int, seeds.split(",")):
         for work in (w for name in works.split(",") for w in WORK if w.name == name):

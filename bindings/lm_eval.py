@@ -25,10 +25,11 @@ from transformers.utils import logging
 from esamp_core.base.checks import is_int, require
 from esamp_core.base.config import Apply, DistillerConfig, SamplingParams, check_apply, check_options
 from esamp_core.base.errors import UnsupportedModelError
-from esamp_core.base.seeds import prompt_seed
+from esamp_core.base.seeds import fresh_seed, prompt_seed
 from esamp_core.bindings.hf_generate import requested_params
 from esamp_core.bindings.lm_eval_requests import Siblings, find_siblings, key_of, requested_config
 from esamp_core.decoder import Decoder, Generation
+from esamp_core.decoder.prompts import eos_token_ids
 
 _SAMPLES_AT_ONCE = 1024  # of one Decoder.generate, which keeps numbers of every token until it returns
 _GREEDY = SamplingParams(temperature=0.0, beta=0.0, seed=0)
@@ -136,11 +137,10 @@ class ExploringLM(HFLM):
         room = asked.pop("max_gen_toks")
         require(1 <= room < self.max_length, "max_gen_toks", f"be in 1..{self.max_length - 1}", room)
         config = requested_config(self.model.generation_config, asked)
-        ends = config.eos_token_id or ()
         return Settings(
             params=requested_params(config, self._base) if config.do_sample else _GREEDY,
             until=until,
-            stop_ids=(*((ends,) if is_int(ends) else ends), self.eot_token_id),
+            stop_ids=(*eos_token_ids(config), self.eot_token_id),
             longest=self.max_length - room,
             max_new_tokens=config.max_new_tokens or room,  # in generate the model's goes before HFLM's max_length
         )
@@ -184,8 +184,7 @@ class ExploringLM(HFLM):
         if settings.params is _GREEDY:
             return _GREEDY
         if self._rank_seed is None:
-            seed = self._base.seed
-            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+            seed = fresh_seed() if self._base.seed is None else self._base.seed
             self._rank_seed = prompt_seed(seed, 1 + self.rank)
         self._sampled += 1
         return replace(settings.params, seed=prompt_seed(self._rank_seed, self._sampled))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from esamp_core.base.checks import is_int
 from esamp_core.base.config import Apply, DistillerConfig, SamplingParams, check_apply, check_options
 from esamp_core.base.errors import ArgumentError, EsampError, UnsupportedModelError
 from esamp_core.bindings.hf_generate import left_undone, requested_params
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.decoder.loop import CacheKind
+from esamp_core.decoder.prompts import eos_token_ids
 
 
 class Rollout:
@@ -68,10 +68,6 @@ class Rollout:
         }
         self._cache, self._max_batch_rows = cache, max_batch_rows
 
-    @property
-    def explores(self) -> bool:
-        return self._params.beta != 0
-
     def __call__(self, prompts: Sequence[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """One completion for each of P prompts, texts or lists of messages; see TRL's ``RolloutFunc``.
 
@@ -79,14 +75,15 @@ class Rollout:
         tokens were drawn from.  Raises ArgumentError for what the trainer asks of generate and is not done here,
         UnsupportedModelError.
         """
-        if self.explores and not isinstance(trainer, BehaviourGRPOTrainer):
+        if self._params.beta != 0 and not isinstance(trainer, BehaviourGRPOTrainer):
             raise ArgumentError(
                 f"beta must be 0 with {type(trainer).__name__}, which would take explored completions for the model's "
                 f"own (use BehaviourGRPOTrainer), got {self._params.beta}"
             )
         training = trainer.model.training
         params = self._requested(trainer)
-        asked = trainer.generation_config
+        if not training:
+            params = replace(params, beta=0.0)
         prompt_ids = _token_ids(prompts, trainer)
         completions: list[Generation] = []
         with _evaluating(trainer) as model:
@@ -96,9 +93,9 @@ class Rollout:
                 completions += decoder.generate(
                     alike,
                     n=n,
-                    params=params if training else replace(params, beta=0.0),
-                    max_new_tokens=asked.max_new_tokens,
-                    stop_token_ids=[asked.eos_token_id] if is_int(asked.eos_token_id) else asked.eos_token_id,
+                    params=params,
+                    max_new_tokens=trainer.generation_config.max_new_tokens,
+                    stop_token_ids=eos_token_ids(trainer.generation_config),
                     cache=self._cache,
                     max_batch_rows=self._max_batch_rows,
                 )

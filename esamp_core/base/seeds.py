@@ -25,9 +25,9 @@ def seeded_params(params: SamplingParams | Sequence[SamplingParams] | None, prom
     if params is not None and not isinstance(params, SamplingParams):
         if len(params) != prompts or not all(isinstance(p, SamplingParams) for p in params):
             raise ArgumentError(f"params must be one SamplingParams or one per prompt ({prompts}), got {params!r}")
-        return [p if p.seed is not None else replace(p, seed=_fresh_seed()) for p in params]
+        return [p if p.seed is not None else replace(p, seed=fresh_seed()) for p in params]
     params = params or SamplingParams()
-    seed = _fresh_seed() if params.seed is None else params.seed
+    seed = fresh_seed() if params.seed is None else params.seed
     return [replace(params, seed=prompt_seed(seed, i)) for i in range(prompts)]
 
 
@@ -53,7 +53,8 @@ def request_seeds(groups: Sequence[Hashable | None], params: Sequence[SamplingPa
     ]
 
 
-def _fresh_seed() -> int:
+def fresh_seed() -> int:
+    """From torch's generator, so torch.manual_seed fixes it."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 

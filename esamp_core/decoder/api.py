@@ -142,11 +142,16 @@ class Decoder:
         self.model, self.tokenizer = model, tokenizer
         self.parts: ModelParts = find_parts(model, shallow_layer)
         check_padding(self.parts)
-        self.filter_order, self.max_candidates = filter_order, max_candidates
-        self.config = self.parts.complete(config)
-        check_apply(apply, (self.config if explorer is None else explorer.config).target, neutral)
-        check_start(self.config, self.parts.head.weight)
-        self.apply, self.neutral = apply, neutral
+        self.apply = apply
+        if explorer is None:
+            self.config, self.neutral = self.parts.complete(config), neutral
+            self.filter_order, self.max_candidates = filter_order, max_candidates
+        else:
+            self.config, self.neutral = explorer.config, explorer.neutral
+            self.filter_order, self.max_candidates = explorer.filter_order, explorer.max_candidates
+        check_apply(apply, self.config.target, neutral)
+        if explorer is None:  # or it has checked its own
+            check_start(self.config, self.parts.head.weight)
         self._given = explorer
         self.explorer = explorer
         """The Explorer in use; without one given, that of the latest call.  Within on_result its stats() still hold
@@ -312,7 +317,7 @@ class Decoder:
         that the filters no longer keep.  Raises ArgumentError; UnsupportedModelError with apply "latent" and a
         soft-cap.
         """
-        given, choice = self._given, (self.config if self._given is None else self._given.config).target == "choice"
+        choice = self.config.target == "choice"
         return replay_sample(
             self.parts,
             self.parts.head.centred() if choice else self.parts.head,
@@ -320,14 +325,14 @@ class Decoder:
             logits,
             self.apply,
             model_weight=0.0 if choice else 1.0,
-            neutral=self.neutral if given is None else given.neutral,
-            filter_order=self.filter_order if given is None else given.filter_order,
-            max_candidates=self.max_candidates if given is None else given.max_candidates,
+            neutral=self.neutral,
+            filter_order=self.filter_order,
+            max_candidates=self.max_candidates,
         )
 
     def _settled(self, params: SamplingParams, n: int) -> SamplingParams:
         """Whether a prompt's samples are distinct: where that is possible, unless the parameters say otherwise."""
-        learns = (self.config if self._given is None else self._given.config).target
+        learns = self.config.target
         if params.distinct and learns != "deep":
             raise ArgumentError(f"params.distinct must be None or False with target {learns!r}")
         possible = n > 1 and params.temperature > 0 and not params.stratified and learns == "deep"

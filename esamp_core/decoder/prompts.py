@@ -88,11 +88,16 @@ def _encode(tokenizer: Any, prompt: str, number: int) -> tuple[int, ...]:
 def stop_token_ids_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
     """The token ids that end a sample: those given, or the model's.  Raises ArgumentError."""
     if given is None:
-        eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        given = () if eos is None else [eos] if is_int(eos) else eos
+        given = eos_token_ids(getattr(model, "generation_config", None))
     if not isinstance(given, Iterable) or not all(is_int(i) and i >= 0 for i in given):
         raise ArgumentError(f"stop_token_ids must be integers >= 0, got {given!r}")
     return tuple(given)
+
+
+def eos_token_ids(generation_config: Any) -> Sequence[int]:
+    """The stop tokens of a GenerationConfig, which may have none, one, or several."""
+    eos: Any = getattr(generation_config, "eos_token_id", None)
+    return () if eos is None else [eos] if is_int(eos) else eos
 
 
 def pad_token_id_of(model: nn.Module, vocab_size: int) -> int:
