@@ -104,7 +104,7 @@ class DistillerInputs:
         g = torch.Generator(device).manual_seed(seed)
         hidden, rows = case.shape.hidden, case.rows
         self.config = DistillerConfig(rank=case.rank, deep_scale=1.0)
-        bank = DistillerBank(hidden, self.config, case.slots, "error", torch.device(device))
+        bank = DistillerBank(hidden, self.config, case.slots, torch.device(device))
         for slot in range(case.slots):
             bank.reset(slot, slot)
         self.state, self.scale, self._gauge = bank.state, bank.scale, bank.gauge

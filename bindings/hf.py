@@ -281,8 +281,8 @@ class Exploration(ModelContext):
 
     def _close(self) -> None:
         if self._run is not None and self._run.open:
+            self._run.rows.end()
             self._run.open = False
-            self._run.explorer.close(self._run.rows)
             warn_of_bad_numbers(self._run.statuses())
 
 

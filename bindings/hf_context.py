@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from esamp_core.base.atomic import whole
 from esamp_core.base.errors import ArgumentError, EsampError, StateError
 from esamp_core.explorer import Explorer
 from esamp_core.models.parts import ModelParts
@@ -34,17 +35,24 @@ class ModelContext:
     def __enter__(self) -> Self:
         if self._parts.model in _explored:
             raise StateError(f"{type(self._parts.model).__name__} is being explored already; leave that context first")
-        self._taps.__enter__()
-        _explored.add(self._parts.model)
-        self._entered, self._used = True, False
-        return self
+        try:
+            self._taps.__enter__()
+            _explored.add(self._parts.model)
+            self._entered, self._used = True, False
+            return self
+        except BaseException:
+            whole(self._leave)
+            raise
+
+    def _leave(self) -> None:
+        self._entered = False
+        self._taps.__exit__(None, None, None)
+        _explored.discard(self._parts.model)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered = False
-        _explored.discard(self._parts.model)
-        self._taps.__exit__(kind, error, trace)
+        whole(self._leave)
         # An error while closing would hide the one that led here.
         with contextlib.nullcontext() if error is None else contextlib.suppress(EsampError):
             self._close()

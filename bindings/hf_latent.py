@@ -119,8 +119,8 @@ class LatentExploration(ModelContext):
     def _close(self) -> None:
         run, self._step = self._run, False
         if run is not None and run.open:
+            run.rows.end()
             run.open = False
-            run.explorer.close(run.rows)
             warn_of_bad_numbers(run.rows.status.tolist())
 
     def _check_unused(self) -> None:

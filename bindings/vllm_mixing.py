@@ -38,6 +38,7 @@ class Request:
     fed: int  # tokens that are fed before the first is drawn: the prompt, and what was drawn before a preemption
     adapter: int | None  # the LoRA adapter, 0 for none; None until it is known, in V1
     plain: bool = False  # found no Distiller slot, or a fault: sampled plainly to its end
+    proven: bool = False  # has been in a step without a fault
 
     @property
     def drawn_before(self) -> bool:
@@ -150,11 +151,16 @@ class Mixer:
             return deep
 
     def _fault(self, present: list[Request | None]) -> None:
-        """An error must not take the engine with it: these requests go on plainly, later ones explore again."""
-        logger.exception("esamp: a step failed; its requests are sampled plainly from here on")
-        for request in present:
-            if request is not None:
-                request.plain = True
+        """An error must not take the engine with it, nor the others' exploration.
+
+        Those that were new in the step go on plainly, or, where none was new, all that were in it.  The rest explores
+        on with Distillers that start afresh.
+        """
+        exploring = [request for request in present if request is not None and not request.plain]
+        suspects = [request for request in exploring if not request.proven] or exploring
+        logger.exception("esamp: a step failed; %d of its requests are sampled plainly from here on", len(suspects))
+        for request in suspects:
+            request.plain = True
         self.explorer = self._staged = None
         self.report.fault()
 
@@ -178,6 +184,9 @@ class Mixer:
         if not self.speculates:
             self._learn(None)
         self.report.step(explorer, rows)
+        for request in present:
+            if request is not None:
+                request.proven = True
         return mixed
 
     def accept(self, accepted: Tensor) -> None:

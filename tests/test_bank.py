@@ -31,12 +31,13 @@ def test_eviction_takes_the_least_recently_used_idle_group() -> None:
     explorer.close(explorer.open(["a"], PARAMS, retain=True))  # used again: b is now the oldest
     running = explorer.open(["d"], PARAMS, retain=True)
     assert set(explorer.stats()) == {"a", "c", "d"}
-    explorer.open(["e"], PARAMS)
+    e = explorer.open(["e"], PARAMS)
     assert set(explorer.stats()) == {"a", "d", "e"}
-    explorer.open(["f"], PARAMS)
+    f = explorer.open(["f"], PARAMS)
     with pytest.raises(CapacityError, match="0 of them are idle"):
         explorer.open(["g"], PARAMS)
-    explorer.close(running)
+    for rows in (running, e, f):
+        explorer.close(rows)
 
 
 def test_a_thousand_prompts_through_two_slots() -> None:
@@ -65,11 +66,12 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, config: DistillerCo
 
     resumed = make(config)
     resumed.load(tmp_path / "bank.safetensors")
-    rows = resumed.open(["a", "a", "b"], PARAMS, sample_index=[0, 1, 0], position=10)
+    again = resumed.open(["a", "a", "b"], PARAMS, sample_index=[0, 1, 0], position=10)
     for t, expected in zip(range(10, 20), want, strict=True):
-        for field, a, b in zip(Draw._fields, step(resumed, rows, seed=t), expected, strict=True):
+        for field, a, b in zip(Draw._fields, step(resumed, again, seed=t), expected, strict=True):
             assert torch.equal(a, b), field
-    assert repr(resumed.stats()) == repr(whole.stats())  # NaN is not NaN
+    assert len(rows) == len(again)  # NaN is not NaN
+    assert repr(resumed.stats()) == repr(whole.stats())
 
 
 def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="must fit config"):
         make(DistillerConfig(rank=8, deep_scale=1.0)).load(tmp_path / "bank.safetensors")
     explorer.close(rows)
-    explorer.open([("prompt", 1)], PARAMS)
+    rows = explorer.open([("prompt", 1)], PARAMS)
     with pytest.raises(ArgumentError, match="string or an integer"):
         explorer.save(tmp_path / "other.safetensors")
 
@@ -103,8 +105,8 @@ def test_an_open_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(CapacityError):
         explorer.open(["a", "b", "c"], PARAMS, retain=True)
     assert explorer.stats() == {}
-    explorer.open(["a", "b"], PARAMS)
-    assert [s.updates for s in explorer.stats().values()] == [0, 0]
+    rows = explorer.open(["a", "b"], PARAMS)
+    assert [s.updates for s in explorer.stats().values()] == [0, 0] and len(rows) == 2
 
 
 def test_an_idle_group_that_is_opened_again_is_not_evicted_for_its_neighbour() -> None:
@@ -113,5 +115,5 @@ def test_an_idle_group_that_is_opened_again_is_not_evicted_for_its_neighbour() -
         rows = explorer.open([group], PARAMS, retain=True)
         step(explorer, rows)
         explorer.close(rows)
-    explorer.open(["new", "a"], PARAMS)  # a is the least recently used, and wanted
-    assert {group: s.updates for group, s in explorer.stats().items()} == {"a": 1, "new": 0}
+    rows = explorer.open(["new", "a"], PARAMS)  # a is the least recently used, and wanted
+    assert {group: s.updates for group, s in explorer.stats().items()} == {"a": 1, "new": 0} and len(rows) == 2

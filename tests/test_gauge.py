@@ -284,7 +284,7 @@ def test_a_state_without_a_gauge_is_refused() -> None:
     for explorer in (gated, ungated):
         explorer.close(explorer.open(["a"], PARAMS, retain=True))
     with pytest.raises(
-        ArgumentError, match=r"state must hold gauge.baseline, .*gauge.trust, got one saved with gate=False"
+        ArgumentError, match=r"state must hold the gate's tensors .* saved with gate=False"
     ):
         make(DistillerConfig(rank=4, deep_scale=1.0)).load_state_dict(ungated.state_dict())
     other = make(DistillerConfig(rank=4, deep_scale=1.0, gate=False))

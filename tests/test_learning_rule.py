@@ -63,7 +63,7 @@ def random_model_states(hidden: int, rows: int) -> tuple[Tensor, Tensor]:
 def pass_losses(hidden: int, rows: int, steps: int, config: DistillerConfig) -> tuple[Tensor, Tensor]:
     """Relative errors [passes, PASS] of one group while it learns, and [PASS] of one that never has."""
     shallow, deep = random_model_states(hidden, rows)
-    bank = DistillerBank(hidden, config, 1, "error", torch.device("cpu"))
+    bank = DistillerBank(hidden, config, 1, torch.device("cpu"))
     bank.reset(0, 0)
     groups = group_rows(torch.zeros(rows, dtype=torch.int64), 1)
     untrained = torch.stack([distiller_forward(x, groups, bank.state.weights, bank.scale).pred for x in shallow])

@@ -119,14 +119,14 @@ def test_networks_and_learning_are_torchs_own(name: str, size: float) -> None:
         assert clipped == 24 if size > 1 else clipped < 24
     moved = 0.0
     start = make(CONFIGS[name])
-    start.open(["a"], PARAMS)
+    opened = start.open(["a"], PARAMS)
     for group, oracle in oracles.items():
         for field, layer, want in oracle.named():
             got = weight_of(explorer, group, field, layer).double()
             # A step of Adam is lr g / (sqrt(v) + eps): float32's 1e-6 of the gradients moves 12 of them by less.
             torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6, msg=lambda m, f=field: f"{f}: {m}")
             moved = max(moved, float((want - weight_of(start, "a", field, layer)).abs().max()))
-    assert moved > 1e-4
+    assert moved > 1e-4 and len(opened) == 1
     stats = explorer.stats()
     assert all(s.updates == 12 and s.nonfinite == 0 and s.trust == 1 for s in stats.values())
 

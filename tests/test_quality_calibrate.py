@@ -11,8 +11,8 @@ import torch
 from esamp_core import countdown
 from esamp_core.base.errors import ArgumentError
 from esamp_core.calibration import Calibration, CalibrationConfig, calibrate, fit, save_start, states
-from esamp_core.calibration.config import Work
 from esamp_core.calibration.states import States
+from esamp_core.calibration.work import Work
 from esamp_core.explorer.bank import DistillerBank
 from esamp_core.explorer.start import start_weights
 from esamp_core.reference.gauge import WINDOW
@@ -107,7 +107,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     for a, b in zip(resumed.weights, result.weights, strict=True):
         assert a.equal(b)
     assert (resumed.before, resumed.after) == (result.before, result.after)
-    with pytest.raises(ArgumentError, match="other settings or prompts"):
+    with pytest.raises(ArgumentError, match="belongs to another run"):
         calibrate(*model, prompts[1:], SMALL, tmp_path / "w")
 
 
@@ -115,9 +115,8 @@ def test_the_bank_starts_from_the_file(result: Calibration, model: tuple[Any, An
     path = tmp_path / "start.safetensors"
     save_start(path, result, "countdown", model[0])
     config = DistillerConfig(rank=8, start=str(path))
-    bank = DistillerBank(128, config, 3, "error", CPU)
-    bank.acquire(["a"], retain=False)
-    slot = bank.leases["a"].slot
+    bank = DistillerBank(128, config, 3, CPU)
+    slot = 1
     bank.reset(slot, 1)
     for pool, fitted in zip(bank.state.weights, result.weights, strict=True):
         torch.testing.assert_close(pool[slot], fitted, atol=0, rtol=0)

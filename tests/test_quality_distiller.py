@@ -38,9 +38,8 @@ def test_batched_distillers_learn_as_the_reference_does(momentum: float, clip: f
     groups, n = 3, 5
     config = DistillerConfig(rank=4, lr=0.4, momentum=momentum, clip=clip, target=target)  # type: ignore[arg-type]
     dense = DenseDistillers(groups, HIDDEN, config, SCALE)
-    bank = DistillerBank(HIDDEN, config, groups, "error", torch.device("cpu"))
-    bank.acquire(range(groups), retain=False)
-    slots = torch.tensor([bank.leases[g].slot for g in range(groups)])
+    bank = DistillerBank(HIDDEN, config, groups, torch.device("cpu"))
+    slots = torch.arange(groups)
     for slot in slots.tolist():
         bank.reset(slot, 0)
     rows = group_rows(slots.repeat_interleave(n), groups)

@@ -102,16 +102,15 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(group=st.sampled_from([*GROUPS, None]), count=st.integers(1, 3), retain=st.booleans())
     def open(self, group: str | None, count: int, retain: bool) -> None:
-        leases = self.explorer._bank.leases
-        before = set(leases)
-        full = len(leases) == self.max_groups and all(lease.rows for lease in leases.values())
+        leases = self.explorer.ledger.leases
+        full = len(leases) == self.max_groups and all(rows for _, rows in leases.values())
         params = SamplingParams(seed=99) if group is None else params_of(group)
         try:
             new = self.explorer.open([group] * count, params, retain=retain)
         except CapacityError:
             assert group is not None and group not in leases and full
             return
-        for evicted in before - set(leases):
+        for evicted in set(leases) - set(self.explorer.ledger.leases):
             self.forget(evicted)
         if group is not None:
             self.lives.setdefault(group, Life(group)).events.append(("open", new.sample_index))
@@ -144,7 +143,7 @@ class Schedules(RuleBasedStateMachine):
     def keep(self, data: st.DataObject) -> None:
         order = data.draw(st.permutations(range(len(self.names))))
         order = order[: data.draw(st.integers(0, len(order)))]
-        retained = {g for g, lease in self.explorer._bank.leases.items() if lease.retain}
+        retained = {g for g, (lease, _) in self.explorer.ledger.leases.items() if lease.retain}
         ended = [name for i, name in enumerate(self.names) if i not in order]
         self.rows = self.rows.keep(order)
         self.names = [self.names[i] for i in order]
@@ -161,10 +160,10 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def leases_match_rows(self) -> None:
         if hasattr(self, "explorer"):
-            leases = self.explorer._bank.leases
+            leases = self.explorer.ledger.leases
             assert set(leases) == set(self.lives)
-            for group, lease in leases.items():
-                assert lease.rows == sum(g == group for g, _ in self.names)
+            for group, (_, rows) in leases.items():
+                assert rows == sum(g == group for g, _ in self.names)
 
     def teardown(self) -> None:
         if not hasattr(self, "explorer"):

@@ -41,6 +41,8 @@ class Visits:
         if event != "call" or (room := self._room(frame.f_code.co_filename)) is None:
             return
         name = frame.f_code.co_name
+        if name == "whole" and "method" in frame.f_locals:  # around a verb of the Explorer
+            name = frame.f_locals["method"].__name__
         if name == "check_tensor" and isinstance(frame.f_locals["value"], torch.Tensor):
             self.checked.append((frame.f_locals["name"], id(frame.f_locals["value"])))
         # All rooms stand on the ground floor: calls down to it are no visit, nor is what a model asks its cache.

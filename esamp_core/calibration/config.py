@@ -1,17 +1,11 @@
-"""What calibration is asked for, and the file that an interrupted one goes on from."""
+"""What calibration is asked for."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from esamp_core.base.checks import is_int, is_real, require
-from esamp_core.base.errors import ArgumentError
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is, and of how much
 
@@ -42,22 +36,3 @@ class CalibrationConfig:
         require(is_real(self.held_out) and 0 < self.held_out < 1, "held_out", "be between 0 and 1", self.held_out)
         require(is_real(self.rate) and self.rate > 0, "rate", "be a number > 0", self.rate)
         require(is_int(self.seed) and self.seed >= 0, "seed", "be an integer >= 0", self.seed)
-
-
-class Work:
-    """What a run has done so far, as a file: a run that was interrupted ends with the same weights."""
-
-    def __init__(self, path: Path, config: CalibrationConfig, prompts: Sequence[str]) -> None:
-        """Raises ArgumentError for a file of other settings or prompts."""
-        self._path = path
-        identity = json.dumps([asdict(config), list(prompts)])
-        self.done: dict[str, Any] = {"identity": identity, "sequences": [], "prompts_done": 0, "step": 0}
-        if path.exists():
-            self.done = torch.load(path, weights_only=True)
-            if self.done.get("identity") != identity:
-                raise ArgumentError(f"{path} belongs to a run with other settings or prompts; remove it to start anew")
-
-    def save(self) -> None:
-        partial = self._path.with_name(self._path.name + ".partial")
-        torch.save(self.done, partial)
-        partial.replace(self._path)

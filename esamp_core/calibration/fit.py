@@ -13,8 +13,9 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.tensors import Activations, DistillerWeights
-from esamp_core.calibration.config import CalibrationConfig, OnProgress, Work
+from esamp_core.calibration.config import CalibrationConfig, OnProgress
 from esamp_core.calibration.states import States
+from esamp_core.calibration.work import Fit, Work
 from esamp_core.explorer.start import Judged, start_weights
 from esamp_core.reference import distiller_forward, group_rows
 from esamp_core.reference.distiller import feature_size
@@ -73,13 +74,13 @@ def fit(
     before = _error(test, start, scale)
     weights = DistillerWeights(*(w.clone().requires_grad_() for w in start))
     optimizer = torch.optim.AdamW(weights, lr=config.rate, weight_decay=0.0)
-    saved = work.done
-    if saved["step"]:
-        with torch.no_grad():
-            for weight, kept in zip(weights, saved["weights"], strict=True):
+    if (done := work.fit) is not None:
+        for weight, kept, mean, square in zip(weights, done.weights, done.mean, done.square, strict=True):
+            with torch.no_grad():
                 weight.copy_(kept)
-        optimizer.load_state_dict(saved["optimizer"])
-    for step in range(saved["step"], config.steps):
+            made = torch.tensor(float(done.step), dtype=torch.float32, device="cpu")
+            optimizer.state[weight] = {"step": made, "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
+    for step in range(0 if done is None else done.step, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.rate * _schedule(step, config.steps)
         generator = torch.Generator().manual_seed((config.seed << 32) + step)
@@ -89,7 +90,10 @@ def fit(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % SAVE_EVERY == 0:
-            saved |= {"step": step + 1, "weights": [w.detach() for w in weights], "optimizer": optimizer.state_dict()}
+            moments = (
+                DistillerWeights(*(optimizer.state[w][name] for w in weights)) for name in ("exp_avg", "exp_avg_sq")
+            )
+            work.fit = Fit(step + 1, weights, *moments)
             work.save()
         on_progress("fit", step + 1, config.steps)
     fitted = balanced(DistillerWeights(*(w.detach() for w in weights)), train, scale)

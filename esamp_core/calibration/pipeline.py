@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from esamp_core.base.errors import ArgumentError
-from esamp_core.calibration.config import CalibrationConfig, OnProgress, Work
+from esamp_core.calibration.config import CalibrationConfig, OnProgress
 from esamp_core.calibration.fit import Calibration, fit
 from esamp_core.calibration.states import collect, own_samples
+from esamp_core.calibration.work import Work
 from esamp_core.decoder import Decoder
+from esamp_core.decoder.prompts import read_prompts
 from esamp_core.explorer.start import write_start
+from esamp_core.models.fingerprint import model_fingerprint
 from esamp_core.models.parts import find_parts
 
 
@@ -34,13 +37,16 @@ def calibrate(
     """Draw samples, collect states, fit.
 
     work: file of what is done so far; a run that was interrupted continues from it, and ends with the same weights.
+        A broken one, and one of another model, other prompts or settings, is refused.
     on_progress: called with what is being done, how much of it is done, and of how much.
-    Raises ArgumentError: fewer than two prompts, or a work file of other settings or prompts.
+    Raises ArgumentError: fewer than two prompts, or a work file that is refused.
     """
     if len(prompts) < 2:
         raise ArgumentError(f"prompts must be at least two, one of them held out, got {len(prompts)}")
     decoder = Decoder(model, tokenizer)
-    file = Work(work, config, prompts)
+    parts = decoder.parts
+    ids = [ids for _, ids in read_prompts(list(prompts), tokenizer, None, parts.vocab_size, parts.context)]
+    file = Work(work, config, ids, model_fingerprint(model), parts.hidden_size)
     sequences = own_samples(decoder, prompts, config, file, on_progress)
     held = max(1, round(config.held_out * len(prompts)))
     collected = 0
@@ -51,10 +57,10 @@ def calibrate(
         on_progress("states", collected, len(sequences))
 
     train, test = (
-        collect(decoder.parts, [s for s in sequences if (s[0] >= len(prompts) - held) == last], on_batch)
+        collect(parts, [s for s in sequences if (s[0] >= len(prompts) - held) == last], on_batch)
         for last in (False, True)
     )
-    scale = decoder.parts.deep_scale or float(train.deep.square().mean().sqrt())
+    scale = parts.deep_scale or float(train.deep.square().mean().sqrt())
     return fit(train, test, scale, config, file, on_progress)
 
 

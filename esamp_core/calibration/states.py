@@ -10,15 +10,14 @@ from torch import Tensor
 
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.seeds import prompt_seed
-from esamp_core.calibration.config import CalibrationConfig, OnProgress, Work
+from esamp_core.calibration.config import CalibrationConfig, OnProgress
+from esamp_core.calibration.work import DrawnSequence, Work
 from esamp_core.decoder import Decoder
 from esamp_core.models.parts import ModelParts
 from esamp_core.models.taps import Taps
 
 PROMPTS_AT_A_TIME = 16
 ROWS_AT_A_TIME = 32  # sequences of one forward
-
-DrawnSequence = tuple[int, list[int], list[int]]  # (prompt's index, its token ids, those drawn)
 
 
 class States(NamedTuple):
@@ -32,17 +31,16 @@ def own_samples(
     decoder: Decoder, prompts: Sequence[str], config: CalibrationConfig, work: Work, on_progress: OnProgress
 ) -> list[DrawnSequence]:
     """The model's samples at temperature 1, without filters and exploration."""
-    done = work.done
-    sequences: list[DrawnSequence] = done["sequences"]
-    for first in range(done["prompts_done"], len(prompts), PROMPTS_AT_A_TIME):
+    sequences = list(work.sequences)
+    for first in range(work.prompts_done, len(prompts), PROMPTS_AT_A_TIME):
         part = list(prompts[first : first + PROMPTS_AT_A_TIME])
         seeds = [prompt_seed(config.seed, first + i) for i in range(len(part))]
         params = [SamplingParams(beta=0.0, distinct=False, seed=seed) for seed in seeds]
         for g in decoder.generate(part, n=config.samples, params=params, max_new_tokens=config.max_new_tokens):
-            sequences.append((first + g.prompt_index, list(g.prompt_token_ids), list(g.token_ids)))
-        done["prompts_done"] = first + len(part)
+            sequences.append(DrawnSequence(first + g.prompt_index, list(g.prompt_token_ids), list(g.token_ids)))
+        work.sequences, work.prompts_done = list(sequences), first + len(part)
         work.save()
-        on_progress("generate", done["prompts_done"], len(prompts))
+        on_progress("generate", work.prompts_done, len(prompts))
     return sequences
 
 

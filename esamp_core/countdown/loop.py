@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esamp_core.base.errors import ArgumentError
+from esamp_core.base.trees import read_tree, write_tree
 from esamp_core.countdown.data import IGNORE
 from esamp_core.countdown.task import PROMPT_TOKENS
 
+FORMAT = "esamp-countdown-checkpoint-1"
 OnStep = Callable[[str, int, float], None]  # phase, steps done, loss
 
 
@@ -81,9 +83,10 @@ class Checkpoints:
         """
         if not self.path.exists():
             return None
-        saved = torch.load(self.path, weights_only=True)
-        if saved["settings"] != self.settings:
-            names = sorted(name for name in self.settings if self.settings[name] != saved["settings"].get(name))
+        saved = read_tree(self.path, FORMAT)
+        plain = json.loads(json.dumps(self.settings))  # as they come out of a file
+        if saved["settings"] != plain:
+            names = sorted(name for name in plain if plain[name] != saved["settings"].get(name))
             raise ArgumentError(f"out holds a run with other settings ({', '.join(names)}): got {self.path}")
         progress = Progress(**saved["progress"])
         model.load_state_dict(progress.model)
@@ -104,9 +107,7 @@ class Checkpoints:
             cpu_seconds=time.process_time() - self._cpu,
             started=self._started,
         )
-        partial = self.path.with_suffix(".partial")
-        torch.save({"settings": self.settings, "progress": vars(progress)}, partial)
-        os.replace(partial, self.path)
+        write_tree(self.path, {"settings": self.settings, "progress": vars(progress)}, FORMAT)
         return progress
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from esamp_core.base.errors import ArgumentError
+from esamp_core.base.trees import read_tree, write_tree
 from esamp_core.countdown import data, loop
 from esamp_core.countdown.card import write_card
 from esamp_core.countdown.evaluate import sample_words
@@ -98,7 +99,7 @@ def train(config: TrainConfig, out: Path, on_step: loop.OnStep = lambda phase, d
 def _train(config: TrainConfig, out: Path, on_step: loop.OnStep) -> loop.Progress:
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    checkpoints = loop.Checkpoints(work / "checkpoint.pt", asdict(config), datetime.date.today().isoformat())
+    checkpoints = loop.Checkpoints(work / "checkpoint.safetensors", asdict(config), datetime.date.today().isoformat())
     model = build_model(config.shape, config.seed)
     progress = checkpoints.restore(model)
     every = config.checkpoint_every
@@ -107,9 +108,9 @@ def _train(config: TrainConfig, out: Path, on_step: loop.OnStep) -> loop.Progres
     if config.attempt_steps:
         if progress.phase == SUPERVISED:  # phase 2 has not begun: the weights are still the ones that make its data
             sequences = own_attempts(config, model, on_step)
-            torch.save(sequences, work / "attempts.pt")
+            write_tree(work / "attempts.safetensors", sequences, "esamp-countdown-attempts-1")
         else:
-            sequences = torch.load(work / "attempts.pt", weights_only=True)
+            sequences = read_tree(work / "attempts.safetensors", "esamp-countdown-attempts-1")
         phase = attempt_phase(config, model, sequences)
         resumed = progress if progress.phase == ATTEMPTS else None
         progress = loop.run_phase(model, phase, resumed, checkpoints, every, on_step)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -296,13 +296,13 @@ class Decoder:
         )
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.
-        with torch.cuda.device(parts.device) if parts.device.type == "cuda" else nullcontext():
+        on_device = torch.cuda.device(parts.device) if parts.device.type == "cuda" else nullcontext()
+        with on_device, closing(output), explorer.alone():
             try:
                 with Taps(self.model, parts) as taps:
                     run.loop(taps, output)
             finally:
                 run.close()
-                output.close()
         return output.results()
 
     def replay(self, generation: Generation, logits: Tensor) -> Tensor:

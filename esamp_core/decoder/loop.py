@@ -82,7 +82,7 @@ class Run:
         """After the last step, or an error in one."""
         if self._batch is not None:
             with contextlib.suppress(EsampError):  # would hide the error that led here
-                self._explorer.close(self._batch.rows)
+                self._batch.rows.end()  # whatever they have become, if an interrupt came between
             self._batch = self._steps = None
 
     def _handle(self, waiting: list[Receipt], output: Output) -> None:
@@ -95,9 +95,8 @@ class Run:
             batch.switch_off([sample.finish_reason is not None for sample in batch.samples])
         running = [i for i, sample in enumerate(batch.samples) if not sample.done]
         if not running:
-            self._batch = None
             self._explorer.close(batch.rows)  # waits: the graph may be in use until then
-            self._steps = None
+            self._batch = self._steps = None
         elif not self._static and len(running) < len(batch.samples):
             batch.keep(running)
 
@@ -209,12 +208,12 @@ class Run:
                     mixed = self._explorer.mix(tapped.deep, rows)
                     tapped = tapped._replace(logits=self._parts.logits(mixed)[:, : tapped.logits.shape[1]])
             receipt = Receipt(samples, self._draw(batch, tapped), rows)
+            if self._batch is not None:
+                self._batch.join(batch)  # may run out of memory
+                return receipt
         except BaseException:
-            self._explorer.close(rows)
+            rows.end()
             raise
-        if self._batch is not None:
-            self._batch.join(batch)
-            return receipt
         self._batch = batch
         if self._waves is not None:
             self._steps = WaveSteps(lambda: self._eager_step(taps, batch), cache, self._explorer, self._waves)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from esamp_core.base.atomic import whole
 from esamp_core.base.checks import LOGIT_DTYPES, check_hashables, check_logits, check_tensor, is_int, require
 from esamp_core.base.config import DistillerConfig, FilterOrder, SamplingParams, check_options
 from esamp_core.base.errors import ArgumentError, StateError
-from esamp_core.base.seeds import request_seeds, row_seeds
+from esamp_core.base.seeds import request_seeds
 from esamp_core.base.tensors import Branch, Distilled, Draw, Head, RowParams
-from esamp_core.explorer.bank import DistillerBank, GroupStats, OnFull
+from esamp_core.explorer.bank import DistillerBank
+from esamp_core.explorer.learned import Learned, settle
 from esamp_core.explorer.learner import Learner
-from esamp_core.explorer.rows import Ledger, Rows
-from esamp_core.explorer.siblings import distinct_sets, starting_codes, starting_tree
+from esamp_core.explorer.ledger import LARGEST_INDEX, Ledger, OnFull, verb
+from esamp_core.explorer.rows import Rows
+from esamp_core.explorer.siblings import distinct_sets
 from esamp_core.explorer.start import check_start
+from esamp_core.explorer.steps import Step, Steps
 from esamp_core.explorer.streams import Lane, default_lane
 from esamp_core.ops import backend_name, warm_up
 from esamp_core.ops.arguments import check_mixed_out
@@ -27,7 +31,7 @@ from esamp_core.ops.siblings import draw_children, taken
 from esamp_core.reference import grow
 
 
-class Explorer:
+class Explorer(Learned):
     """Exploratory sampling for a running batch: ``open``, then ``predict``, ``sample``, ``learn`` every step.
 
     Engines that sample themselves call ``mix`` instead of ``sample``: before their head.
@@ -70,33 +74,40 @@ class Explorer:
         else:
             require(device is not None, "device", "be given where there is no head", device)
             require(self.config.target == "deep", "head", 'be given for target "choice"', head)
-        require(is_int(max_rows) and max_rows >= 1, "max_rows", "be an integer >= 1", max_rows)
         check_options(filter_order, max_candidates)
         require(isinstance(neutral, bool), "neutral", "be True or False", neutral)
         require(not (neutral and head is None), "neutral", "be False without a head: candidates alone have it", neutral)
         self.head, self.neutral, self.max_groups = head, neutral, max_groups
         self.max_rows, self.max_candidates, self.filter_order = max_rows, max_candidates, filter_order
         self._device = torch.empty(0, dtype=torch.int64, device=device).device if head is None else head.weight.device
-        self._bank = DistillerBank(hidden_size, self.config, max_groups, on_full, self._device)
+        self.ledger = Ledger(max_groups, max_rows, on_full)
+        """Who holds what: rows and slots."""
+        self._bank = DistillerBank(hidden_size, self.config, max_groups, self._device)
         self._learner = Learner(self._bank, head, max_rows, lane or default_lane(self._device))
+        self.ledger.settle = partial(settle, self._bank, self._learner)
         self._backend_name = backend_name(self._device)
-        self._ledger = Ledger(self._bank, max_rows)
-        self._done: Literal["", "mixed", "sampled"] = ""  # what became of the latest prediction
-        self._drawn: Tensor | None = None
+        self._steps = Steps()
 
     def __repr__(self) -> str:
         bank, mib = self._bank, 2.0**-20
         return (
             f"Explorer(hidden_size={bank.hidden_size}, rank={self.config.rank}, target={self.config.target!r}, "
-            f"{len(bank.leases)}/{bank.max_groups} groups, {self.open_rows}/{self.max_rows} rows, "
-            f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.max_groups * mib:.0f} MiB "
+            f"{len(self.ledger.leases)}/{bank.slots} groups, {self.open_rows}/{self.max_rows} rows, "
+            f"{bank.bytes_per_slot * mib:.2f} MiB per group, {bank.bytes_per_slot * bank.slots * mib:.0f} MiB "
             f"in all, backend={self._backend_name!r} on {self._device})"
         )
 
     @property
     def open_rows(self) -> int:
         """How many rows are open, of at most ``max_rows``."""
-        return self._ledger.open_rows
+        return self.ledger.open_rows
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A context in which this Explorer is this thread's: its verbs raise StateError in others.
+
+        For a loop; a single verb is alone anyway.
+        """
+        return self.ledger.alone()
 
     def warm_up(self, dtype: torch.dtype = torch.float32) -> None:
         """Compile the kernels for logits [R, V] of this dtype now, instead of during the first steps.
@@ -112,6 +123,7 @@ class Explorer:
             require(dtype in LOGIT_DTYPES, "dtype", f"be one of {', '.join(map(str, LOGIT_DTYPES))}", dtype)
             self._learner.backend.warm_up_mixing(self._bank.hidden_size, config, dtype, self._device)
 
+    @verb
     def open(
         self,
         groups: Sequence[Hashable | None],
@@ -133,87 +145,86 @@ class Explorer:
             (``SamplingParams(distinct=True)``, see ``branch``) draw without replacement; None is a row by itself.
             Default the groups.
 
-        Returns :class:`Rows`.  Raises ArgumentError, CapacityError; then nothing was opened.
+        Returns :class:`Rows`: to be closed, or used as a context; rows that nobody holds any more are closed too.
+        Raises ArgumentError, CapacityError; then nothing was opened.
         """
         groups = check_hashables("groups", groups)
         count = len(groups)
         per_row = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
         columns = RowParams.of(per_row, count, self._device)
-        positions = [position] * count if isinstance(position, int) else list(position)
-        for name, values in (("sample_index", sample_index), ("position", positions)):
-            if values is not None and (len(values) != count or not all(is_int(v) and v >= 0 for v in values)):
-                raise ArgumentError(f"{name} must be {count} integers >= 0, one per row, got {values!r}")
+        positions = _indices("position", [position] * count if isinstance(position, int) else position, count)
+        given = None if sample_index is None else _indices("sample_index", sample_index, count)
         named = groups if sets is None else check_hashables("sets", sets, count)
         if any((p.stratified or p.distinct) and at for p, at in zip(per_row, positions, strict=True)):
             raise ArgumentError(f"position must be 0 for stratified rows and distinct ones, got {position!r}")
         distinct = distinct_sets(per_row, named)
         if distinct and self.config.target != "deep":
             raise ArgumentError(f"params.distinct must be False with target {self.config.target!r}")
-        self._ledger.admit(count)
         seeds = request_seeds(groups, per_row)
-        rows = self._ledger.enter(groups, per_row, sample_index, seeds, retain, self._learner.reset, distinct)
-        index = [r.sample_index for r in rows]
-        numbers = torch.tensor([seeds, index, positions], dtype=torch.int64, device=self._device)
-        row_seed = row_seeds(numbers[0], numbers[1])
-        grouped = torch.tensor([r.slot >= 0 for r in rows], dtype=torch.bool, device=self._device)
-        tree, here = starting_tree(distinct, row_seed)
-        return Rows(
-            self._ledger,
-            rows,
-            row_seed,
-            numbers[2].clone(),
-            starting_codes(per_row, named, row_seed),
-            tree,
-            here,
-            torch.zeros(count, dtype=torch.int32, device=self._device),
-            columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
-        )
+        entries, books = self.ledger.opened(groups, per_row, given, seeds, retain, distinct)
+        rows = Rows.new(self.ledger, entries, per_row, columns, seeds, positions, named, distinct, self._device)
+        return self.ledger.stand(rows, books=books)
 
+    @verb
     def close(self, rows: Rows) -> None:
         """End these rows.  Groups without rows give their slot back, unless they were opened with ``retain``.
 
         Enqueues what was staged and waits for the learning in flight; also right after an exception in a step.
         """
-        self._ledger.retire(rows)
-        self._learner.synchronize()
-        self._bank.stats()  # warns of groups that did not learn
-        self._ledger.release(rows.entries)
+        self._check(rows)
+        rows.check_replaceable()
+        self.ledger.close(rows)
 
+    def _check(self, rows: Rows) -> None:
+        """Raises ArgumentError for another Explorer's rows, StateError for outdated ones."""
+        require(isinstance(rows, Rows) and rows.ledger is self.ledger, "rows", "come from this Explorer's open", rows)
+        rows.check_current()
+
+    @verb
     def predict(self, shallow: Tensor, rows: Rows) -> None:
         """Predict the deep hidden states, on the second stream; returns at once.
 
         shallow: [R, H] float, the residual stream after an early block at the position being decoded.  It is copied,
         so the engine may overwrite it.  Raises ArgumentError, StateError (the step before was not learned).
         """
-        self._ledger.check(rows)
+        self._check(rows)
         check_tensor("shallow", shallow, (len(rows), self._bank.hidden_size), self._device)
-        if self._ledger.step is not None and self._learner.learns:
-            raise StateError("predict was called again before learn; every step must be learned (lr=0 freezes)")
-        self._ledger.step, self._done, self._drawn = rows, "", None
+        if self._learner.learns:
+            self._steps.check_learned()
         if rows.grouped:
-            self._learner.predict(shallow.detach(), rows.row_groups, rows.slots, rows.active)
+            fresh, scale = self.ledger.books.fresh, self.ledger.books.scale
+            mine = {row.slot: fresh[row.slot] for row in rows.entries if row.slot in fresh} if fresh else {}
+            if scale is not None:
+                self._learner.ready({}, scale)
+            self._learner.predict(shallow.detach(), rows.row_groups, rows.slots, rows.active, mine)
+            if mine or scale is not None:
+                self.ledger.was_readied(mine)
         else:
             self._learner.flush()
+        self._steps.now = Step(rows)
 
+    @verb
     def prediction(self, rows: Rows) -> Tensor:
         """What the Distillers predict of the deep hidden states in this step: float32 [R, H], 0 in rows without one.
 
         Main waits for it, the host does not; valid until the next ``predict``.  Raises ArgumentError, StateError (no
         ``predict`` for these rows, or no deep state was learned yet from which its scale is known).
         """
-        self._ledger.check(rows)
-        if self._ledger.step is not rows or not rows.grouped:
+        self._check(rows)
+        if self._steps.of(rows) is None or not rows.grouped:
             raise StateError("prediction needs predict for these very rows first, in the same step")
         if not self._learner.scored:
             raise StateError("prediction needs a step learned before, or config.deep_scale: its scale is not known yet")
         return self._learner.prediction()
 
+    @verb
     def distilled(self, rows: Rows) -> Distilled | None:
         """What this step, from ``predict`` to ``learn``, explores with; None: no row does.  Valid as ``prediction``."""
-        if self._ledger.step is not rows or not (rows.explores and self._learner.scored):
+        if self._steps.of(rows) is None or not (rows.explores and self._learner.scored):
             return None
         return Distilled(self._learner.prediction(), self._learner.strength(rows.params.beta))
 
+    @verb
     @torch.no_grad()
     def mix(self, deep: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
         """The deep hidden states with exploration in them, for the model's own head and any sampler.
@@ -227,24 +238,22 @@ class Explorer:
         and in those whose mixed state is not finite, which ``rows.status`` flags; deep itself where no row explores
         and before the scale of predictions is known.  Raises ArgumentError, StateError (no ``predict`` for these rows).
         """
-        self._ledger.check(rows)
+        self._check(rows)
         check_tensor("deep", deep, (len(rows), self._bank.hidden_size), self._device)
         require(deep.dtype in LOGIT_DTYPES, "deep", "be float32, bfloat16 or float16", deep.dtype)
         check_mixed_out(out, rows.status, deep)
         check_tensor("active", rows.active, (len(rows),), self._device, "bool")
         if self.config.target != "deep":
             raise StateError(f'mix needs Distillers of target "deep", these have {self.config.target!r}')
-        predicted = self._ledger.step is rows
-        if predicted and self._done:
-            raise StateError(f"mix was called after the step was {self._done}; call learn and predict first")
-        if rows.explores and not predicted:
-            raise StateError("mix needs predict for these very rows first, or nothing would be explored (beta > 0)")
-        if predicted:
-            self._done = "mixed"
+        self._steps.to_mix(rows)
         if rows.explores and self._learner.scored:
-            return self._learner.mix(deep.detach(), rows.params.beta, rows.active, out, rows.status)
-        return deep if out is None else out.copy_(deep)
+            mixed = self._learner.mix(deep.detach(), rows.params.beta, rows.active, out, rows.status)
+        else:
+            mixed = deep if out is None else out.copy_(deep)
+        self._steps.mixed(rows)
+        return mixed
 
+    @verb
     @torch.no_grad()
     def sample(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Draw:
         """Draw one token per row and advance the rows' positions.
@@ -260,9 +269,10 @@ class Explorer:
             raise StateError("sample draws no distinct siblings, which change places: call branch")
         codes = rows.codes if rows.stratified else None
         draw = self._learner.backend.explore(logits, seed=rows.seeds, position=rows.positions, codes=codes, **arguments)
-        rows.positions += (draw.token_ids >= 0).long()
-        return self._sampled(rows, draw)
+        self._drawn(rows, draw, rows.advance(draw.token_ids))
+        return draw
 
+    @verb
     @torch.no_grad()
     def branch(self, logits: Tensor, rows: Rows, *, model_logits: Tensor | None = None) -> Branch:
         """``sample`` for rows of which some are distinct siblings: each set of them is drawn without replacement.
@@ -274,7 +284,7 @@ class Explorer:
 
         Returns :class:`Branch`.  The rest as for :meth:`sample`; ``learn`` takes the rows as they were before.
         """
-        self._ledger.check(rows)
+        self._check(rows)
         if rows.families is None:
             draw = self.sample(logits, rows, model_logits=model_logits)
             return Branch(draw, torch.arange(len(rows), device=self._device))
@@ -283,25 +293,22 @@ class Explorer:
             seed=rows.seeds, position=rows.positions, **self._to_draw("branch", logits, rows, model_logits),
         )  # fmt: skip
         growth = grow(children, rows.tree, rows.families, rows.active, rows.seeds, rows.positions)
-        rows.take(growth)
-        return Branch(self._sampled(rows, taken(growth, draw, children, logits, model_logits)), growth.parent)
+        draw = taken(growth, draw, children, logits, model_logits)
+        self._drawn(rows, draw, rows.take(growth))
+        return Branch(draw, growth.parent)
 
-    def _to_draw(self, verb: str, logits: Tensor, rows: Rows, model_logits: Tensor | None) -> dict[str, Any]:
+    def _to_draw(self, name: str, logits: Tensor, rows: Rows, model_logits: Tensor | None) -> dict[str, Any]:
         """What the draw's op takes beside logits, seeds and positions, everything checked."""
-        self._ledger.check(rows)
+        self._check(rows)
         check_logits(logits, rows=len(rows), device=self._device)
         rows.check_tensors()
-        predicted = self._ledger.step is rows
-        if predicted and self._done == "sampled":
-            raise StateError(f"{verb} was called twice in a step; call learn and predict first")
-        if rows.explores and not predicted:
-            raise StateError(f"{verb} needs predict for these very rows first, or nothing would be explored (beta > 0)")
+        step = self._steps.to_draw(name, rows)
         if model_logits is not None:
             check_logits(model_logits, "model_logits", logits)
-        distilled = None if self._done == "mixed" else self.distilled(rows)
+        distilled = None if step is not None and step.done == "mixed" else self.distilled(rows)
         head = None if distilled is None else self._learner.head
         if distilled is not None and head is None:
-            raise StateError(f"{verb} needs a head to explore with, or mix first: this Explorer has none")
+            raise StateError(f"{name} needs a head to explore with, or mix first: this Explorer has none")
         if head is not None:
             head.check_covers(logits.shape[1])
         return {
@@ -316,10 +323,16 @@ class Explorer:
             "active": rows.active,
         }
 
-    def _sampled(self, rows: Rows, draw: Draw) -> Draw:
-        self._done, self._drawn = "sampled" if self._ledger.step is rows else "", draw.token_ids
-        return draw
+    def _drawn(self, rows: Rows, draw: Draw, go_on: Callable[[], object]) -> None:
+        """Commit a draw."""
 
+        def commit() -> None:
+            self._steps.sampled(rows, draw.token_ids)
+            go_on()
+
+        whole(commit)
+
+    @verb
     def learn(self, deep: Tensor | None, rows: Rows, *, teaches: Tensor | None = None) -> None:
         """Stage this step's lesson; the next ``predict`` enqueues it.
 
@@ -328,23 +341,21 @@ class Explorer:
         ``predict``; default all.  For speculative decoding, where it is known only now which drafts were accepted.
         Raises ArgumentError, StateError (no ``predict`` for these rows).
         """
-        self._ledger.check(rows)
-        if self._ledger.step is not rows:
-            raise StateError("learn needs predict for these very rows first, in the same step")
+        self._check(rows)
+        step = self._steps.to_learn(rows, from_choice=self.config.target == "choice")
         if teaches is not None:
             check_tensor("teaches", teaches, (len(rows),), self._device, "bool")
         target = deep
         if self.config.target == "choice":
-            if self._drawn is None:
-                raise StateError('learn with target="choice" needs sample first: the drawn tokens teach')
-            target = self._drawn
+            target = step.drawn
         else:
             check_tensor("deep", deep, (len(rows), self._bank.hidden_size), self._device)
         assert target is not None
-        self._ledger.step = None
         if self._learner.learns and rows.grouped:
             self._learner.stage(target.detach(), teaches)
+        self._steps.now = None
 
+    @verb
     def flush(self) -> None:
         """Enqueue what ``learn`` has staged now, not at the next ``predict``: the same, bit for bit.  Returns at once.
 
@@ -355,46 +366,21 @@ class Explorer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """For verbs that are captured and not run: afterwards nothing was predicted, drawn or staged by them."""
-        before = self._ledger.step, self._done, self._drawn
+        before = self._steps.now
         try:
             with self._learner.recording():
                 yield
         finally:
-            self._ledger.step, self._done, self._drawn = before
+            self._steps.now = before
 
     @property
     def step_state(self) -> tuple[object, ...]:
         """What the host knows and a step depends on: a captured step may be replayed while it is what it was then."""
-        return self._ledger.step is None, *self._learner.host_state
+        return self._steps.now is None, *self._learner.host_state
 
-    def stats(self) -> dict[Hashable, GroupStats]:
-        """What each group has learned.  Waits for the device."""
-        self._learner.synchronize()
-        return self._bank.stats()
 
-    def updates(self) -> int:
-        """SGD steps that were made in all slots, each since it was last leased.  Waits for the device."""
-        self._learner.synchronize()
-        return int(self._bank.state.updates.sum())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The Distillers of all groups; with the same rows opened again, a run continues bit for bit."""
-        self._learner.synchronize()
-        return self._bank.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take saved groups over, idle and retained.  Raises StateError if groups are open, ArgumentError."""
-        self._learner.synchronize()
-        self._bank.load_state_dict(state)
-        self._learner.scale_loaded()
-
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` as a safetensors file.  Groups must be strings or integers."""
-        self._learner.synchronize()
-        self._bank.save(path)
-
-    def load(self, path: str | Path) -> None:
-        """Read what :meth:`save` wrote.  Raises as :meth:`load_state_dict`."""
-        self._learner.synchronize()
-        self._bank.load(path)
-        self._learner.scale_loaded()
+def _indices(name: str, values: Sequence[int], count: int) -> list[int]:
+    fits = isinstance(values, Sequence) and len(values) == count
+    if not (fits and all(is_int(v) and 0 <= v < LARGEST_INDEX for v in values)):
+        raise ArgumentError(f"{name} must be {count} integers in 0..2^62-1, one per row, got {values!r}")
+    return list(values)

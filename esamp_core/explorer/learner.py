@@ -37,9 +37,11 @@ and it must not look across its own edge:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -77,7 +79,7 @@ class Learner:
         """head: None where predictions are mixed; the forward's LayerNorm is then left to mix."""
         self._bank, self._config, self._lane = bank, bank.config, lane
         self.head = head.centred() if head is not None and self._config.target == "choice" else head
-        device, hidden, groups = bank.scale.device, bank.hidden_size, min(max_rows, bank.max_groups)
+        device, hidden, groups = bank.scale.device, bank.hidden_size, min(max_rows, bank.slots)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -120,13 +122,23 @@ class Learner:
         """What the host knows and a step depends on: a captured step may be replayed while it is the same."""
         return self._host.staged, self._host.joined, self._host.scored, self._host.rows, id(self._host.source)
 
-    def predict(self, shallow: Tensor, groups: RowGroups, slots: Tensor, active: Tensor) -> None:
-        """Enqueue learn of the step before, then the prediction of this one.  shallow [R, H], active bool [R], slots
-        int64 [R], -1 for none.
+    def predict(
+        self,
+        shallow: Tensor,
+        groups: RowGroups,
+        slots: Tensor,
+        active: Tensor,
+        fresh: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """Enqueue learn of the step before, then the prediction of this one.
+
+        shallow [R, H], active bool [R], slots int64 [R], -1 for none.  fresh: slots that must first start afresh, and
+        their seeds.
 
         Raises StateError in a capture, if the step before was not one that a replay could repeat.
         """
         if not (self.learns or self._host.scale_known):
+            self.ready(fresh, None)
             return  # frozen, and in units that stay unknown: no prediction is read
         self._check_capture(groups)
         rows = shallow.shape[0]
@@ -136,6 +148,7 @@ class Learner:
         self._lane.publish()
         try:
             self._enqueue_learn()
+            self._enqueue_resets(fresh)
             if self._host.source is not groups:
                 self._lane.run(lambda: self._copy_groups(groups, slots))
                 self._host.source = groups
@@ -206,21 +219,28 @@ class Learner:
             self._lane.publish()
             self._enqueue_learn()
 
-    def reset(self, slot: int, seed: int) -> None:
-        """Start a slot afresh, behind everything enqueued for its last holder."""
-        self._lane.publish()  # main may have replayed steps of its last holder
-        self._enqueue_learn()
-        self._lane.run(lambda: self._bank.reset(slot, seed))
+    def ready(self, fresh: Mapping[int, int], scale: Tensor | None) -> None:
+        """Start slots afresh, with these seeds, behind everything enqueued for their last holders.
+
+        scale: one that was loaded, NaN where it was not known.  Captures nothing, and may be done again.
+        """
+        if scale is not None and not bool(torch.isnan(scale)):
+            self._bank.scale.copy_(scale)
+            self._host.scale_known = True
+        if fresh:
+            self._lane.publish()  # main may have replayed steps of their last holders
+            self._enqueue_learn()
+            self._enqueue_resets(fresh)
+
+    def _enqueue_resets(self, fresh: Mapping[int, int]) -> None:
+        for slot, seed in fresh.items():
+            self._lane.run(partial(self._bank.reset, slot, seed))
 
     def synchronize(self) -> None:
         """Flush, and let the host wait until all learning is done."""
         self._lane.publish()  # replayed steps are main's work
         self._enqueue_learn()
         self._lane.synchronize()
-
-    def scale_loaded(self) -> None:
-        """The bank's scale was loaded from a saved state."""
-        self._host.scale_known = True
 
     def _wait(self) -> None:
         if not self._host.joined:
@@ -248,7 +268,7 @@ class Learner:
 
     def _first(self, rows: int) -> tuple[Activations, RowGroups, Tensor]:
         """What the second stream has of so many rows: activations, groups, and the mask."""
-        groups = min(rows, self._bank.max_groups)
+        groups = min(rows, self._bank.slots)
         order, slots, offsets = self._groups
         return (
             Activations(*(field[:rows] for field in self._kept)),

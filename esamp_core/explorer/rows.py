@@ -1,105 +1,21 @@
-"""The open sequences of a running batch, in its order, and the ledger that they are entered in."""
+"""The open sequences of a running batch, in its order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from esamp_core.base.checks import check_tensor, is_int, require
 from esamp_core.base.config import SamplingParams
-from esamp_core.base.errors import ArgumentError, CapacityError, StateError
+from esamp_core.base.errors import ArgumentError, StateError
+from esamp_core.base.seeds import row_seeds
 from esamp_core.base.tensors import Growth, RowParams, Tree
-from esamp_core.explorer.bank import DistillerBank
-from esamp_core.explorer.siblings import families_of
+from esamp_core.explorer.ledger import Ledger, Lineage, Row, verb
+from esamp_core.explorer.siblings import families_of, starting_codes, starting_tree
 from esamp_core.reference import group_rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the host knows of one running sequence."""
-
-    group: Hashable | None
-    slot: int
-    sample_index: int
-    explores: bool
-    stratified: bool
-    family: int = -1
-    """Of distinct siblings: the number of their set, -1 for others."""
-
-
-class Ledger:
-    """An Explorer's open rows, at most ``max_rows``, and which :class:`Rows` stand for them now."""
-
-    def __init__(self, bank: DistillerBank, max_rows: int) -> None:
-        self.bank, self.max_rows = bank, max_rows
-        self.open_rows = 0
-        self._families = 0  # sets of distinct siblings that were ever opened
-        self.step: Rows | None = None  # whose predict has run, and not yet their learn
-
-    def admit(self, count: int) -> None:
-        """Raises CapacityError if so many more do not fit."""
-        if self.open_rows + count > self.max_rows:
-            raise CapacityError(f"{count} more rows do not fit: {self.open_rows} of max_rows={self.max_rows} are open")
-
-    def enter(
-        self,
-        groups: Sequence[Hashable | None],
-        params: Sequence[SamplingParams],
-        sample_index: Sequence[int] | None,
-        seeds: Sequence[int],
-        retain: bool,
-        reset: Callable[[int, int], None],
-        distinct: Sequence[Sequence[int]],
-    ) -> list[Row]:
-        """Open rows; their groups get slots.  reset: called with the slot and the seed of each group that is new.
-        distinct: row numbers of each set of distinct siblings."""
-        family = {i: self._families + number for number, members in enumerate(distinct) for i in members}
-        self._families += len(distinct)
-        fresh = self.bank.acquire((g for g in groups if g is not None), retain)
-        rows: list[Row] = []
-        plain_index = 0
-        for i, (group, p) in enumerate(zip(groups, params, strict=True)):
-            if group is None:
-                given = plain_index if sample_index is None else sample_index[i]
-                rows.append(Row(None, -1, given, False, p.stratified, family.get(i, -1)))
-                plain_index += 1
-                continue
-            lease = self.bank.leases[group]
-            if group in fresh:  # the first of its rows
-                fresh.remove(group)
-                reset(lease.slot, seeds[i])
-            lease.rows += 1
-            given = lease.next_sample_index if sample_index is None else sample_index[i]
-            lease.next_sample_index = max(lease.next_sample_index, given + 1)
-            rows.append(Row(group, lease.slot, given, p.beta != 0, p.stratified, family.get(i, -1)))
-        self.open_rows += len(rows)
-        return rows
-
-    def check(self, rows: Rows) -> None:
-        """Raises ArgumentError for another Explorer's rows, StateError for outdated ones."""
-        ours = isinstance(rows, Rows) and rows.ledger is self
-        require(ours, "rows", "come from this Explorer's open", rows)
-        if not (rows if rows.origin is None else rows.origin).current:
-            raise StateError(f"{rows!r} was closed, or replaced by keep or +; use the newest Rows")
-
-    def retire(self, rows: Rows) -> None:
-        """Other Rows are about to stand for these, or none."""
-        self.check(rows)
-        if rows.origin is not None:
-            raise StateError(f"{rows!r} were spread from others; keep, add and close those")
-        rows.current = False
-        if self.step is not None and rows in (self.step, self.step.origin):
-            self.step = None
-
-    def release(self, entries: Iterable[Row]) -> None:
-        """These rows have ended."""
-        for row in entries:
-            if row.group is not None:
-                self.bank.release_row(row.group)
-            self.open_rows -= 1
 
 
 class Rows:
@@ -108,6 +24,7 @@ class Rows:
     Immutable but for ``active``, ``positions``, ``codes``, ``status``; and ``seeds`` and ``tree`` of distinct siblings.
 
     Made by :meth:`Explorer.open`, :meth:`keep` and ``+``; each of them outdates the Rows it was made from.
+    As a context, ``with explorer.open(...) as rows:``, they are closed at its end, whatever they have become by then.
     """
 
     def __init__(
@@ -121,11 +38,10 @@ class Rows:
         active: Tensor,
         status: Tensor,
         params: RowParams,
+        lineage: Lineage,
         origin: Rows | None = None,
     ) -> None:
-        self.ledger, self.entries = ledger, entries
-        self.current = True
-        """False once they are closed, or replaced by others."""
+        self.ledger, self.entries, self.lineage = ledger, entries, lineage
         self.origin = origin
         """What they were spread from."""
         self.seeds = seeds
@@ -143,12 +59,46 @@ class Rows:
         self.params = params
         self.slots = torch.tensor([r.slot for r in entries], dtype=torch.int64, device=seeds.device)
         rank = torch.tensor([r.sample_index for r in entries], dtype=torch.int64, device=seeds.device)
-        self.row_groups = group_rows(self.slots, ledger.bank.max_groups, rank)
+        self.row_groups = group_rows(self.slots, ledger.max_groups, rank)
         self.explores = any(r.explores for r in entries)
         self.stratified = any(r.stratified for r in entries)
         self.grouped = any(r.slot >= 0 for r in entries)
         self.families = families_of([r.family for r in entries], seeds.device)
         """int64 [P, W], row numbers of distinct siblings, see ``grow``; None where there are none."""
+
+    @staticmethod
+    def new(
+        ledger: Ledger,
+        entries: list[Row],
+        params: Sequence[SamplingParams],
+        columns: RowParams,
+        request_seed: Sequence[int],
+        position: Sequence[int],
+        sets: Sequence[Hashable | None],
+        distinct: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> Rows:
+        """Rows at their beginning, which do not stand in the books yet.
+
+        columns: of params.  sets: as in ``Explorer.open``.  distinct: row numbers of each set of distinct siblings.
+        """
+        index = [row.sample_index for row in entries]
+        numbers = torch.tensor([request_seed, index, position], dtype=torch.int64, device=device)
+        seeds = row_seeds(numbers[0], numbers[1])
+        tree, here = starting_tree(distinct, seeds)
+        grouped = torch.tensor([row.slot >= 0 for row in entries], dtype=torch.bool, device=device)
+        return Rows(
+            ledger,
+            entries,
+            seeds,
+            numbers[2].clone(),
+            starting_codes(params, sets, seeds),
+            tree,
+            here,
+            torch.zeros(len(entries), dtype=torch.int32, device=device),
+            columns._replace(beta=torch.where(grouped, columns.beta, 0.0)),
+            Lineage(),
+        )
 
     def check_tensors(self) -> None:
         """Raises ArgumentError if one of those that others may write is not what it was."""
@@ -157,18 +107,57 @@ class Rows:
         check_tensor("positions", self.positions, (rows,), device, "int")
         check_tensor("codes", self.codes, (rows, 2), device)
 
-    def take(self, growth: Growth) -> None:
-        """Distinct siblings change places, and what belongs to them goes along."""
+    def advance(self, token_ids: Tensor) -> Callable[[], object]:
+        """Ready to be done: rows that have drawn go on by one token.  May be done twice."""
+        positions = self.positions + (token_ids >= 0)
+        return lambda: self.positions.copy_(positions)
+
+    def take(self, growth: Growth) -> Callable[[], object]:
+        """The same where distinct siblings change places, and what belongs to them goes along."""
         parent, drawn = growth.parent, growth.child >= 0
-        self.positions.copy_(self.positions[parent] + drawn)
-        self.status.copy_(self.status[parent])
-        self.seeds.copy_(growth.seed)
-        self.active.copy_(drawn)
-        for mine, new in zip(self.tree, growth.tree, strict=True):
-            mine.copy_(new)
+        mine = (self.positions, self.status, self.seeds, self.active, *self.tree)
+        new = (self.positions[parent] + drawn, self.status[parent], growth.seed, drawn, *growth.tree)
+        return lambda: [old.copy_(value) for old, value in zip(mine, new, strict=True)]
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def current(self) -> bool:
+        """False once they are closed, or replaced by others."""
+        source = self if self.origin is None else self.origin
+        return source.latest is source
+
+    @property
+    def latest(self) -> Rows | None:
+        """The Rows that stand for these now: what ``keep`` and ``+`` have made of them.  None once they are closed."""
+        latest: Rows | None = self.ledger.latest(self.lineage)
+        return latest
+
+    def check_current(self) -> None:
+        """Raises StateError."""
+        if not self.current:
+            raise StateError(f"{self!r} was closed, or replaced by keep or +; use the newest Rows")
+
+    def check_replaceable(self) -> None:
+        """Raises StateError where others cannot come in their place."""
+        self.check_current()
+        if self.origin is not None:
+            raise StateError(f"{self!r} were spread from others; keep, add and close those")
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @verb
+    def end(self) -> None:
+        """Close what these have become by now, the Rows that they were added to included, if that is still open."""
+        if (latest := self.latest) is not None:
+            self.ledger.close(latest)
 
     def __repr__(self) -> str:
         state = "" if self.current else ", outdated"
@@ -184,6 +173,7 @@ class Rows:
         """Each row's ordinal among its siblings."""
         return [r.sample_index for r in self.entries]
 
+    @verb
     def keep(self, which: Sequence[bool] | Sequence[int] | Tensor) -> Rows:
         """Only these rows, in this order; the others are closed.
 
@@ -195,10 +185,9 @@ class Rows:
         gone = [r for i, r in enumerate(self.entries) if i not in kept]
         if ({r.family for r in gone} & {self.entries[i].family for i in indices}) - {-1}:
             raise ArgumentError(f"which must keep all rows of a set of distinct siblings or none, got {indices}")
-        self.ledger.retire(self)
-        self.ledger.release(gone)
+        self.check_replaceable()
         index = torch.tensor(indices, dtype=torch.int64, device=self.seeds.device)
-        return Rows(
+        kept_rows = Rows(
             self.ledger,
             [self.entries[i] for i in indices],
             self.seeds[index],
@@ -208,8 +197,11 @@ class Rows:
             self.active[index],
             self.status[index],
             self.params.take(index),
+            self.lineage,
         )
+        return self.ledger.stand(kept_rows, [self])
 
+    @verb
     def spread(self, places: Sequence[int]) -> Rows:
         """One step's rows of an engine, whose batch has others too, in its own order.
 
@@ -237,18 +229,21 @@ class Rows:
             take(self.active, zero + 1),
             torch.zeros_like(index, dtype=torch.int32),
             RowParams(*(take(mine, other) for mine, other in zip(self.params, stranger, strict=True))),
+            self.lineage,
             origin=self if self.origin is None else self.origin,
         )
 
     def __add__(self, other: Rows) -> Rows:
         """These rows, then those."""
-        if not isinstance(other, Rows):
-            return NotImplemented
+        return self._joined(other) if isinstance(other, Rows) else NotImplemented
+
+    @verb
+    def _joined(self, other: Rows) -> Rows:
         if self is other or self.ledger is not other.ledger:
             raise ArgumentError("rows + rows must be two different Rows of one Explorer")
-        self.ledger.retire(self)
-        self.ledger.retire(other)
-        return Rows(
+        self.check_replaceable()
+        other.check_replaceable()
+        joined = Rows(
             self.ledger,
             self.entries + other.entries,
             torch.cat([self.seeds, other.seeds]),
@@ -258,7 +253,11 @@ class Rows:
             torch.cat([self.active, other.active]),
             torch.cat([self.status, other.status]),
             RowParams(*(torch.cat(pair) for pair in zip(self.params, other.params, strict=True))),
+            self.lineage,
         )
+        # Neither means anything while the lineage is open, so before the commit nothing has changed.
+        other.lineage.into, self.lineage.into = self.lineage, None
+        return self.ledger.stand(joined, [self, other])
 
 
 def _host_indices(which: Sequence[bool] | Sequence[int] | Tensor, rows: int) -> list[int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from esamp_core.base.checks import require
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.errors import ArgumentError
-from esamp_core.base.files import read_safetensors
+from esamp_core.base.files import read_safetensors, write_safetensors
+from esamp_core.base.schema import POSITIVE, Kept, Within, check_tensors
 from esamp_core.base.tensors import DistillerWeights, Gauge, Head
 from esamp_core.reference import published
 from esamp_core.reference.distiller import INIT_STD
@@ -89,30 +89,45 @@ def _as_judged(judged: Judged) -> Gauge:
 
 def _open_start(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Its tensors, and what it says of itself.  Raises ArgumentError."""
-    try:
-        tensors, metadata = read_safetensors(path)
-    except Exception as error:  # of the operating system, or safetensors' own
-        raise ArgumentError(f"start cannot be read from {path!r}: {error}") from None
-    unknown = set(tensors) ^ set(DistillerWeights._fields)
-    numbers = [metadata.get(name, "") for name in ("error", "baseline")]
-    judged = "mean" in tensors and all(re.fullmatch(r"[0-9.e+-]+", number) for number in numbers)
-    if metadata.get("format") != FORMAT or unknown - {"mean", "head"} or ("mean" in tensors and not judged):
+    tensors, metadata = read_safetensors(path, "start")
+    if metadata.get("format") != FORMAT:
         raise ArgumentError(f"start must be a file written by `esamp calibrate`, got {path!r}")
     return tensors, metadata
 
 
 def _read_start(path: str, hidden_size: int, rank: int) -> tuple[DistillerWeights, Judged | None]:
     tensors, metadata = _open_start(path)
-    got = tuple(tensors["up"].shape)
-    if got != (hidden_size, rank):
+    where = f"start {path!r}"
+    if "up" in tensors and tuple(tensors["up"].shape) != (hidden_size, rank):  # the mistake that people make
+        got = tuple(tensors["up"].shape)
         raise ArgumentError(f"start must be for H={hidden_size} and rank={rank}, got {got} in {path!r}")
+    h, r, known = hidden_size, rank, metadata.get("target", "deep")
+    shapes = DistillerWeights((h, r), (h, r), (r, h), (r,), (h,), (h,))  # type: ignore[arg-type]
+    wanted = {name: Kept(shape, torch.float32) for name, shape in shapes._asdict().items()}
+    # Files of earlier versions have not all of these.
+    others = {"mean": Kept((h,), torch.float32), "head": Kept((None, None), torch.float32)}
+    check_tensors(tensors, wanted | {name: others[name] for name in others.keys() & tensors.keys()}, where)
+    require(known == "deep", f"target in {where}", 'be "deep"', known)
+    if "deep_scale" in metadata:
+        _number(metadata, "deep_scale", POSITIVE, where)
     judged = None
     if "mean" in tensors:
-        judged = Judged(tensors["mean"], float(metadata["error"]), float(metadata["baseline"]))
+        error, baseline = _number(metadata, "error", Within(0.0), where), _number(metadata, "baseline", POSITIVE, where)
+        judged = Judged(tensors["mean"], error, baseline)
     return DistillerWeights(*(tensors[name] for name in DistillerWeights._fields)), judged
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _number(metadata: Mapping[str, str], name: str, within: Within, where: str) -> float:
+    text = metadata.get(name, "")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    require(number in within, f"{name} in {where}", f"be a number{within}", text[:40])
+    return number
+
+
+def head_sample(weight: Tensor) -> Tensor:
     """float32 [up to 16, up to 16]: some numbers of a head, by which a model is known again in any dtype."""
     rows, columns = (
         torch.linspace(0, size - 1, min(size, 16), dtype=torch.float32, device="cpu").long() for size in weight.shape
@@ -120,24 +135,24 @@ def _sample(weight: Tensor) -> Tensor:
     return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
 
 
+def same_head(known: Tensor, mine: Tensor) -> bool:
+    """Whether two samples are of one head: half precision rounds to 2^-8 of a number, twice."""
+    same_kind = known.dtype == mine.dtype and known.shape == mine.shape
+    return same_kind and bool((known - mine).abs().max() <= 2**-6 * known.abs().max())
+
+
 def check_start(config: DistillerConfig, weight: Tensor) -> None:
     """Raises ArgumentError if config.start was calibrated for a model with another head [V, H] than this."""
     if config.start is None:
         return
     tensors, metadata = _open_start(config.start)
-    if "head" not in tensors:
-        return  # a file of an earlier version
-    known, mine = tensors["head"], _sample(weight)
-    # Half precision rounds to 2^-8 of a number, twice.
-    same = known.shape == mine.shape and bool((known - mine).abs().max() <= 2**-6 * known.abs().max())
-    if not same:
-        model = metadata.get("model", "another model")
+    if "head" in tensors and not same_head(tensors["head"], head_sample(weight)):  # else of an earlier version
+        model = metadata.get("model", "another model")[:80]
         raise ArgumentError(f"start must be calibrated for this model, got that of {model} in {config.start!r}")
 
 
 def write_start(path: Path, weights: DistillerWeights, judged: Judged, head: Head, about: Mapping[str, str]) -> None:
     """Write a file for ``DistillerConfig(start=path)``.  about: what else the file is to say of itself."""
-    tensors = {name: t.contiguous() for name, t in weights._asdict().items()}
-    tensors |= {"mean": judged.mean.contiguous(), "head": _sample(head.weight).contiguous()}
+    tensors = {**weights._asdict(), "mean": judged.mean, "head": head_sample(head.weight)}
     numbers = {"error": repr(judged.error), "baseline": repr(judged.baseline)}
-    save_file(tensors, path, metadata={"format": FORMAT, **numbers, **about})
+    write_safetensors(path, tensors, {"format": FORMAT, **numbers, **about})

@@ -6,6 +6,8 @@ instead of silently steering by noise.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -14,10 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esamp_core.base.errors import UnsupportedModelError
+from esamp_core.base.atomic import whole
+from esamp_core.base.errors import StateError, UnsupportedModelError
 from esamp_core.base.tensors import Head
 from esamp_core.models.parts import HEAD_TOLERANCE, ModelParts
 from esamp_core.reference import transform_scores
+
+_tapped_by: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+"""The threads in which a model is tapped now."""
 
 
 class Tapped(NamedTuple):
@@ -37,6 +43,7 @@ class Taps:
     def __init__(self, model: nn.Module, parts: ModelParts) -> None:
         self._model, self._parts = model, parts
         self._handles: list[RemovableHandle] = []
+        self._entered: list[int] = []  # the thread, while entered
         self._shallow: list[Tensor] = []
         self._deep: list[Tensor] = []
         self._on_shallow: Callable[[Tensor], None] | None = None
@@ -51,18 +58,39 @@ class Taps:
         self._listener(shallow)
 
     def __enter__(self) -> Taps:
-        self._handles = [
-            self._parts.block.register_forward_hook(self._tap_shallow),
-            self._parts.head_module.register_forward_pre_hook(self._tap_deep),
-        ]
-        return self
+        """Raises StateError where another thread has tapped the model: forwards would meet each other's taps."""
+        thread = threading.get_ident()
+        try:
+            threads = _tapped_by.setdefault(self._parts.model, [])
+            threads.append(thread)
+            self._entered.append(thread)
+            if set(threads) != {thread}:
+                raise StateError(
+                    f"{type(self._parts.model).__name__} is in use in another thread; give each its own, or let them "
+                    "take turns"
+                )
+            self._handles.append(self._parts.block.register_forward_hook(self._tap_shallow))
+            self._handles.append(self._parts.head_module.register_forward_pre_hook(self._tap_deep))
+            self._enter_more()
+            return self
+        except BaseException:
+            whole(self._remove)
+            raise
+
+    def _enter_more(self) -> None:
+        """Other hooks of subclasses, into ``_handles``."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        whole(self._remove)
+
+    def _remove(self) -> None:
         for handle in self._handles:
-            handle.remove()
-        self._handles = []
+            handle.remove()  # may be done again
+        self._handles.clear()
+        while self._entered:
+            _tapped_by[self._parts.model].remove(self._entered.pop())
 
     def _tap_shallow(self, module: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -162,15 +190,11 @@ class ForeignTaps(Taps):
         self.float_inputs: list[str] = []
         """Names of the tensor inputs of the latest forward, seen uncompiled, that are numbers and not tokens."""
 
-    def __enter__(self) -> ForeignTaps:
-        super().__enter__()
+    def _enter_more(self) -> None:
         self._shallow, self._deep, self.ran = [], [], False
         model = self._parts.base_model
-        self._handles += [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end),
-        ]
-        return self
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._end))
 
     def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self.ran = True
@@ -240,10 +264,9 @@ class PassiveTaps(ForeignTaps):
         self._logits: list[Tensor] = []
         self._skipped = False
 
-    def __enter__(self) -> PassiveTaps:
-        super().__enter__()
+    def _enter_more(self) -> None:
+        super()._enter_more()
         self._logits, self._skipped = [], False
-        return self
 
     def _begin(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         super()._begin(module, args, inputs)

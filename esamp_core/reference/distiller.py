@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esamp_core.base.atomic import whole
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.philox import DOMAIN_ROUNDING, philox
 from esamp_core.base.tensors import (
@@ -221,18 +223,28 @@ def distiller_step_(
         if not bool(finite):
             state.nonfinite[slot] += 1
             continue
-        state.first_loss[slot] = torch.where(state.updates[slot] == 0, loss, state.first_loss[slot])
-        state.loss[slot] = loss
+        first = torch.where(state.updates[slot] == 0, loss, state.first_loss[slot])
+        new = [(state.first_loss, first), (state.loss, loss), (state.updates, state.updates[slot] + 1)]
         for index, (weight, grad, rate) in enumerate(zip(state.weights, grads, rates, strict=True)):
             if state.momentum is not None:
-                velocity = state.momentum[index][slot]
-                velocity.mul_(config.momentum).add_(grad)
-                grad = velocity
+                velocity = state.momentum[index]
+                grad = velocity[slot] * config.momentum + grad
+                new.append((velocity, grad))
             updated = _wide(weight[slot]) - rate * grad
             if weight.dtype == torch.bfloat16:
                 updated = stochastic_round(updated, state.seed[slot], state.updates[slot], index)
-            weight[slot] = updated
-        state.updates[slot] += 1
+            new.append((weight, updated))
+        write_slot(slot, new)
+
+
+def write_slot(slot: int, new: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write values into a slot of tensors, all of them or, where an interrupt comes before, none."""
+
+    def commit() -> None:
+        for column, value in new:
+            column[slot] = value
+
+    whole(commit)
 
 
 def token_targets(head: Head, token_ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esamp_core.base.tensors import Activations, DistillerWeights, Gauge, RowGroups
-from esamp_core.reference.distiller import each_group, row_errors
+from esamp_core.reference.distiller import each_group, row_errors, write_slot
 
 WINDOW = 32  # steps that the running means remember
 
@@ -32,11 +32,13 @@ def gauge_(
         constant = ((deep - mean).square().sum(-1) / energy[:, 0]).mean()
         if not bool(torch.isfinite(loss) & torch.isfinite(constant)):
             continue
+        new = [(gauge.mean, mean + (deep.mean(0) - mean) / (steps + 1)), (gauge.steps, steps + 1)]
         if steps > 0:  # the first step has nothing to compare with
             share = (1 / steps.to(deep.dtype)).clamp_min(1 / WINDOW)
+            means = []
             for running, value in ((gauge.error, loss), (gauge.baseline, constant)):
                 before = torch.where(steps == 1, value, running[slot])
-                running[slot] = before + (value - before) * share
-            gauge.trust[slot] = (1 - gauge.error[slot] / gauge.baseline[slot]).clamp_min(0).nan_to_num(0.0)
-        gauge.mean[slot] = mean + (deep.mean(0) - mean) / (steps + 1)
-        gauge.steps[slot] = steps + 1
+                means.append((before + (value - before) * share).to(running.dtype))
+            new += [(gauge.error, means[0]), (gauge.baseline, means[1])]
+            new.append((gauge.trust, (1 - means[0] / means[1]).clamp_min(0).nan_to_num(0.0)))
+        write_slot(slot, new)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esamp_core.base.config import DistillerConfig
 from esamp_core.base.tensors import Activations, DistillerState, DistillerWeights, Gauge, Head, Mixed, RowGroups
-from esamp_core.reference.distiller import INIT_STD, LAYER_NORM_EPS, each_group, mix_rows_, mixed_memory
+from esamp_core.reference.distiller import INIT_STD, LAYER_NORM_EPS, each_group, mix_rows_, mixed_memory, write_slot
 
 
 @dataclass(frozen=True)
@@ -140,24 +140,25 @@ class Published:
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             state.nonfinite[slot] += 1
             return
-        state.first_loss[slot] = torch.where(state.updates[slot] == 0, loss, state.first_loss[slot])
-        state.loss[slot] = loss
-        state.updates[slot] += 1
+        first, updates = torch.where(state.updates[slot] == 0, loss, state.first_loss[slot]), state.updates[slot] + 1
+        new = [(state.first_loss, first), (state.loss, loss), (state.updates, updates)]
         factor = 1.0 if recipe.clip is None else (recipe.clip / (norm + 1e-6)).clamp_max(1.0)  # torch's clip_grad_norm_
         for name, grad in zip(recipe.trained, grads, strict=True):
-            weight, grad = getattr(state.weights, name)[slot], grad * factor
+            weight, grad = getattr(state.weights, name), grad * factor
+            change = lr * grad
             if recipe.adam:
                 assert state.momentum is not None
-                moments = getattr(state.momentum, name)[slot]
-                _adam_(weight, grad, moments[0], moments[1], state.updates[slot], lr, recipe.eps)
-            else:
-                weight.sub_(lr * grad)
+                column = getattr(state.momentum, name)
+                moments, change = _adam(grad, column[slot], updates, lr, recipe.eps)
+                new.append((column, moments))
+            new.append((weight, weight[slot] - change))
+        write_slot(slot, new)
 
 
-def _adam_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor, lr: float, eps: float) -> None:
-    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980), in place, on views of one slot."""
-    first.lerp_(grad, 1 - BETAS[0])
-    second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+def _adam(grad: Tensor, moments: Tensor, step: Tensor, lr: float, eps: float) -> tuple[Tensor, Tensor]:
+    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980): new moments, and what is taken off the weights."""
+    first = moments[0].lerp(grad, 1 - BETAS[0])
+    second = (moments[1] * BETAS[1]).addcmul(grad, grad, value=1 - BETAS[1])
     corrected = [1 - beta ** step.double() for beta in BETAS]
     size = second.sqrt() / corrected[1].sqrt().to(second.dtype) + eps
-    weight.sub_(lr * first / (size * corrected[0].to(first.dtype)))
+    return torch.stack([first, second]), lr * first / (size * corrected[0].to(first.dtype))
