@@ -31,9 +31,10 @@ from bench.quality_decode import Batch, Sampler, decode, request_seeds
 from bench.quality_plan import BASE, esamp, kernel, ridge, with_arithmetic, with_rounds
 from bench.quality_table import grid
 from bench.quality_tasks import Pool, Source, load_source
-from bench.results import RESULTS, ROOT, commit, load, report
+from bench.results import RESULTS, ROOT, commit, load, read_object, report, told
 from bench.samplers import Explored, Filter, Plain, by_name, forget
 from esamp_core.base.environment import installed, machine
+from esamp_core.base.files import write_text
 from esamp_core.report.metrics import distinct_n
 from esamp_core.sample import PRESETS, DistillerConfig, SamplingParams
 
@@ -332,7 +333,7 @@ def pack(
     numbers of items, the most, which hold the others."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted((out / "runs").glob("*.json")):
-        one = json.loads(path.read_text())
+        one = read_object(path, ("unit", "kind", "items"))
         key = tuple(str(one["unit"][name]) for name in ("sampler", "work", "seed"))
         if one["unit"]["pool"] != pool:
             continue
@@ -341,7 +342,7 @@ def pack(
     runs = bed_table.packed(list(found.values()))
     body = report("bed", "make bed", runs, dry=False)
     target = to or RESULTS / f"{POOLS[pool]}-{body['date']}.json"
-    target.write_text(json.dumps(body, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_text(target, json.dumps(body, separators=(",", ":")) + "\n", "--to")
     print(target)
 
 
@@ -357,4 +358,4 @@ def table(
 
 
 if __name__ == "__main__":
-    app()
+    told(app)

@@ -29,9 +29,10 @@ from bench.quality_decode import Batch, Sampler, decode, request_seeds
 from bench.quality_plan import options as sibling_options
 from bench.quality_plan import studies
 from bench.quality_tasks import Pool, Source, Task, disjoint_problems, load_source, load_task
-from bench.results import commit
+from bench.results import commit, told
 from esamp_core.base.environment import installed, machine
 from esamp_core.base.errors import ArgumentError
+from esamp_core.base.files import write_text
 from esamp_core.report.metrics import distinct_n, self_bleu
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -164,9 +165,7 @@ def _work(job: tuple[Unit, str]) -> None:
 
 def write_whole(path: Path, result: dict[str, Any]) -> None:
     """As JSON, in one move: an interrupted run leaves no half of a file under this name."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(result), str(path))
 
 
 def run_study(
@@ -258,4 +257,4 @@ def options(
 
 
 if __name__ == "__main__":
-    app()
+    told(app)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.results import read_object
 from esamp_core.base.errors import ArgumentError
+from esamp_core.base.files import read_text, write_text
 from esamp_core.report import ESTIMATED_KL, Curve, PromptSamples, RunFile, SampleText, StepSeries
 from esamp_core.report.metrics import Difference, paired_bootstrap, pass_at_k
 
@@ -92,7 +93,8 @@ def load_results(folder: Path, seeds: int | None = None) -> Results:
     seeds: only the first so many; of an interrupted run, those that are complete.
     Raises ArgumentError if the folder is empty, holds different studies, or a seed was not run with every n.
     """
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    needed = ("unit", "dependent", "commit", "machine", "cpu_seconds", "problems")
+    files = [read_object(path, needed) for path in sorted(folder.glob("*.json"))]
     files = [f for f in files if seeds is None or f["unit"]["seed"] < seeds]
     if not files:
         raise ArgumentError(f"{folder} holds no result files")
@@ -231,11 +233,11 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_between(path: Path, marker: str, text: str) -> None:
     """Replace what stands between ``<!-- begin marker -->`` and ``<!-- end marker -->``.  Raises ArgumentError."""
     begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
-    old = path.read_text(encoding="utf-8")
+    old = read_text(path, "--doc")
     if old.count(begin) != 1 or old.count(end) != 1:
         raise ArgumentError(f"{path} must have the markers {begin} and {end} once")
     head, rest = old.split(begin)
-    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_text(path, f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", "--doc")
 
 
 def write_run_json(results: Results, path: Path, shown: int = 8) -> None:

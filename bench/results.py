@@ -13,11 +13,15 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from esamp_core.base import environment
+from esamp_core.base.errors import ArgumentError, EsampError
+from esamp_core.base.files import lines_of, read_text, write_text
+from esamp_core.base.schema import parse, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -81,19 +85,35 @@ def report(kind: str, command: str, cases: list[dict[str, Any]], *, dry: bool, *
     return without_times(body) if dry else body
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A line of tests/record.py."""
+
+    test: str | None = None
+    outcome: str = ""
+    seconds: float = 0.0
+    exit: int | None = None
+
+
 def recorded_tests() -> dict[str, Any] | None:
     """What tests/record.py wrote into ESAMP_TEST_RECORD: how many passed, which failed, and whether all ran."""
     path = os.environ.get("ESAMP_TEST_RECORD")
     if not path or not Path(path).exists():
         return None
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     outcomes: dict[str, str] = {}
-    for line in lines:
-        if "test" in line and (line["outcome"] != "passed" or line["test"] not in outcomes):
-            outcomes[line["test"]] = line["outcome"]
+    ended, broken = False, False
+    for number, text in enumerate(lines_of(Path(path).read_bytes().decode(errors="replace")), 1):
+        try:
+            line = parse(Recorded, read_json(text, f"line {number}"), f"line {number}")
+        except ArgumentError:  # cut, where a run was killed: numbers of the same machine are not lost for that
+            broken = True
+            continue
+        ended |= line.exit is not None
+        if line.test is not None and (line.outcome != "passed" or line.test not in outcomes):
+            outcomes[line.test] = line.outcome
     failed = sorted(test for test, outcome in outcomes.items() if outcome == "failed")
     passed = sum(outcome == "passed" for outcome in outcomes.values())
-    return {"passed": passed, "failed": failed, "finished": any("exit" in line for line in lines)}
+    return {"passed": passed, "failed": failed, "finished": ended and not broken}
 
 
 def unproven(body: dict[str, Any]) -> str | None:
@@ -125,12 +145,28 @@ def without_times(value: Any) -> Any:
 
 def save(body: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(body, indent=1) + "\n", str(path))
+
+
+def read_object(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    """A JSON object with these fields at least.  Raises ArgumentError, in one line."""
+    body: dict[str, Any] = parse(dict, read_json(read_text(path, "result"), str(path)), str(path))
+    if missing := set(needed) - set(body):
+        raise ArgumentError(f"{path} is no result file: it lacks {', '.join(sorted(missing))}")
+    return body
 
 
 def load(path: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    missing = {"kind", "dry", "date", "command", "commit", "machine", "versions", "cases"} - set(body)
-    if missing:
-        raise SystemExit(f"{path} is no result file: it lacks {', '.join(sorted(missing))}")
-    return body
+    """A result file.  Raises SystemExit where it is another file."""
+    try:
+        return read_object(path, ("kind", "dry", "date", "command", "commit", "machine", "versions", "cases"))
+    except ArgumentError as error:
+        raise SystemExit(str(error)) from None
+
+
+def told(command: Callable[[], Any]) -> None:
+    """Run a command; what its user can mend is one line, and no traceback."""
+    try:
+        command()
+    except EsampError as error:
+        raise SystemExit(f"error: {error}") from None

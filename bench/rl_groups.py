@@ -21,7 +21,7 @@ from bench.bed import Bed
 from bench.bed_tasks import WORK, Work
 from bench.passk import show
 from bench.quality_table import grid
-from bench.results import RESULTS, continued, load, report, save, spoken
+from bench.results import RESULTS, continued, load, report, save, spoken, told
 from esamp_core.base.seeds import prompt_seed
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.models.parts import cache_argument
@@ -203,4 +203,4 @@ def table(
 
 
 if __name__ == "__main__":
-    app()
+    told(app)

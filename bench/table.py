@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, ROOT, load, unproven
+from esamp_core.base.files import read_text, write_text
 
 START = "<!-- bench: made by `make bench-table` from bench/results; do not edit -->"
 END = "<!-- /bench -->"
@@ -138,13 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     a = parser.parse_args(arguments)
-    old = a.readme.read_text(encoding="utf-8")
+    old = read_text(a.readme, "--readme")
     new = replaced(old, markdown(newest()))
     if a.check:
         if new != old:
             print("README.md's speed table is not what bench/results says; run `make bench-table`")
         return int(new != old)
-    a.readme.write_text(new, encoding="utf-8")
+    write_text(a.readme, new, "--readme")
     return 0
 
 

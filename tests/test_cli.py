@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command_line import Esamp, command, refuse_to_load
 from torch import Tensor
 
-from esamp_core import cli, countdown
+from esamp_core import countdown
 from esamp_core.decoder import Decoder
 from esamp_core.sample import PRESETS, Draw, Explorer, Rows, Status
 
 
-class Finished(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def esamp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
-    """The command in this process: loading torch and transformers anew for every mistake would take minutes."""
-
-    def run(*arguments: str, stdin: str = "", **environment: str) -> Finished:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["esamp", *arguments])
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-            for name, value in {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb", **environment}.items():
-                patch.setenv(name, value)
-            try:
-                cli.main()
-                code: object = 0
-            except SystemExit as stop:
-                code = stop.code
-        assert code is None or isinstance(code, int)
-        return Finished(code or 0, *capsys.readouterr())
-
-    return run
-
-
-Esamp = Callable[..., Finished]
+def esamp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Esamp:
+    return command(monkeypatch, capsys)
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_demo_quick_reports_what_it_measured(esamp: Esamp) -> None:
@@ -227,11 +199,7 @@ def test_mistakes_are_one_clear_line(arguments: tuple[str, ...], message: str, e
 def test_unwritable_files_are_said_first(
     arguments: tuple[str, ...], message: str, esamp: Esamp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_model(*_: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    for command in ("generate", "calibrate"):
-        monkeypatch.setattr(f"esamp_core.cli.{command}.load_model", load_model)
+    refuse_to_load(monkeypatch)
     run = esamp(*arguments)
     assert run.returncode == 2 and run.stderr.startswith(f"esamp: error: {message}") and run.stderr.count("\n") == 1
 

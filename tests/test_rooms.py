@@ -30,7 +30,7 @@ STANDS_ON = {
     "sample": {"base", "ops", "explorer"},
     "esamp_core": {"decoder", "sample"},
     "calibration": {"base", "reference", "models", "explorer", "decoder"},
-    "cli": {"base", "ops", "report", "countdown", "decoder", "calibration", "esamp_core"},
+    "cli": {"base", "ops", "models", "report", "countdown", "decoder", "calibration", "esamp_core"},
     "bindings": {"base", "models", "explorer", "decoder"},
     "kernels": set(),
 }

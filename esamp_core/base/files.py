@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -37,13 +40,15 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write to, beside path: it takes path's place in one move at the end, and is removed after an error."""
-    target = path.resolve()  # a link stays a link
-    if target.exists() and not target.is_file():
-        yield target  # a pipe or a terminal cannot be replaced
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not target.is_file():
+        yield path  # a pipe or a terminal cannot be replaced, nor what has no name any more
         return
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         yield partial
+        with suppress(OSError):  # who may read it stays as it was
+            shutil.copymode(target, partial)
         os.replace(partial, target)
     finally:
         with suppress(OSError):
@@ -56,22 +61,52 @@ def read_text(path: Path, name: str) -> str:
     Raises ArgumentError in one line: missing, larger than 1 GiB, or not UTF-8.
     """
     try:
-        size = path.stat().st_size
-        raw = path.read_bytes() if size <= LARGEST_TEXT else b""
-    except OSError as error:
-        raise ArgumentError(f"{name} cannot be read: {error}") from None
-    if size > LARGEST_TEXT:
-        raise ArgumentError(f"{name} must be at most 1 GiB, got {size} bytes in {path}")
+        with path.open("rb") as file:
+            raw = read_bytes(file, f"{name} {path}")
+    except (OSError, ValueError) as error:  # of a name that no file can have
+        raise error if isinstance(error, ArgumentError) else ArgumentError(f"{name} cannot be read: {error}") from None
     return decoded(raw, f"{name} {path}")
 
 
+def read_bytes(file: IO[bytes], where: str) -> bytes:
+    """All of a file or pipe, whose size need not be known.  Raises ArgumentError where it is larger than 1 GiB."""
+    parts, size = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_TEXT:
+            raise ArgumentError(f"{where} must be at most 1 GiB, got more")
+    return b"".join(parts)
+
+
+def write_text(path: Path, text: str, name: str) -> None:
+    """As UTF-8, whole or not at all.  name: as in :func:`read_text`.  Raises ArgumentError."""
+    try:
+        with replaced(path) as partial:
+            partial.write_bytes(text.encode())
+    except OSError as error:
+        raise ArgumentError(f"{name} cannot be written: {error}") from None
+
+
 def decoded(raw: bytes, where: str) -> str:
-    """UTF-8, with or without a byte order mark.  Raises ArgumentError, which names the first line that is not."""
+    """UTF-8, with or without a byte order mark.  Raises ArgumentError, which names the first byte that is not."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ArgumentError(f"{where} must be UTF-8, got byte 0x{raw[error.start]:02x} in line {line}") from None
+        text, at = error.object, error.start  # without the mark
+        line, first = text.count(b"\n", 0, at) + 1, text.rfind(b"\n", 0, at)
+        wide = ": UTF-16?" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        got = f"byte 0x{text[at]:02x} in line {line} (byte {at - first} of it{wide})"
+        raise ArgumentError(f"{where} must be UTF-8, got {got}") from None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: bytes of a command line, and escapes in JSON, may be halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def lines_of(text: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -65,9 +67,13 @@ def generate(
     model: Annotated[
         str, typer.Option(help="Folder or hub name of a model; 'countdown' is the embedded one.")
     ] = "countdown",
-    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt per line.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="File with one prompt per line, or .jsonl: one object per line.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file to write; default stdout.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip prompts that --out already holds whole.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip prompts that --out already holds whole, drawn with these settings.")
+    ] = False,
     preset: Annotated[
         str, typer.Option(help="default, or for comparison: paper, release. Options that are given too win over it.")
     ] = "default",
@@ -140,7 +146,9 @@ def generate(
 
 @app.command()
 def calibrate(
-    prompts: Annotated[Path, typer.Option(help="File with one prompt per line; the last ones measure the error.")],
+    prompts: Annotated[
+        Path, typer.Option(help="As for generate, one prompt per line or .jsonl; the last ones measure the error.")
+    ],
     out: Annotated[Path, typer.Option(help="safetensors file to write; OUT.work holds an interrupted run.")],
     model: Annotated[str, typer.Option(help="Folder or hub name; 'countdown' is the embedded one.")] = "countdown",
     rank: Annotated[int, typer.Option(help="Of the Distillers that will start here.")] = 64,
@@ -178,9 +186,7 @@ def report(
     """Turn a run file into one self-contained HTML page."""
     from esamp_core.report import run_report
 
-    target = out or run.with_suffix(".html")
-    run_report(run, target)
-    print(target)
+    print(run_report(run, out))
 
 
 @app.command()
@@ -197,13 +203,37 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def run() -> None:
     """What the user can mend, and every warning, is one line on stderr, never a traceback."""
+    for stream, encoding in ((sys.stdout, "utf-8"), (sys.stderr, None)):
+        if isinstance(stream, io.TextIOWrapper):  # UTF-8 whatever the terminal has, and nothing that cannot be written
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]  # of its arguments we need the first
-            app()
+            try:
+                app()
+            except SystemExit:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where it can be told that it failed
+                raise
     except EsampError as error:
-        kind = "error" if isinstance(error, ArgumentError) else type(error).__name__
-        print(f"esamp: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse("error" if isinstance(error, ArgumentError) else type(error).__name__, error)
     except BrokenPipeError:
+        _forget_stdout()
         sys.exit(0)
+    except OSError as error:  # a full disk
+        _refuse("error", error)
+
+
+def _refuse(kind: str, error: Exception) -> NoReturn:
+    print(f"esamp: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        _forget_stdout()
+    sys.exit(2)
+
+
+def _forget_stdout() -> None:
+    """What could not be written is not tried again when Python ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

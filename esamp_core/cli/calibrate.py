@@ -24,7 +24,7 @@ def run_calibrate(
 ) -> None:
     """The command.  Raises ArgumentError."""
     check_writable(out, "--out")
-    prompts = read_prompts([], prompts_file)
+    prompts = [asked.prompt for asked in read_prompts([], prompts_file)]
     model, tokenizer = load_model(model_name, dtype, device)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None:

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from esamp_core.base.config import DistillerConfig, SamplingParams
 from esamp_core.base.errors import ArgumentError, EncodingError
 from esamp_core.base.seeds import seeded_params
-from esamp_core.cli.inputs import EMBEDDED, check_writable, load_model, read_prompts
+from esamp_core.cli import outputs
+from esamp_core.cli.inputs import EMBEDDED, check_apart, check_utf8, check_writable, load_model, read_prompts
 from esamp_core.decoder import Decoder, Generation
 from esamp_core.report import EXACT_KL, PromptSamples, RunFile, SampleText, StepSeries
-
-
-def finished_prompts(out: Path, prompts: Sequence[str], n: int) -> tuple[set[int], list[str]]:
-    """Prompts whose n samples an output file holds, and the lines to keep.  Raises ArgumentError."""
-    samples: dict[int, dict[int, str]] = {}
-    if not out.exists():
-        return set(), []
-    lines = out.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            index, sample, prompt = entry["prompt_index"], entry["sample_index"], entry["prompt"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                continue  # the line that an interrupted run was writing
-            raise ArgumentError(f"--resume cannot read line {number} of {out}") from None
-        if not 0 <= index < len(prompts) or prompts[index] != prompt:
-            raise ArgumentError(f"--resume: line {number} of {out} is of another prompt list ({prompt!r})")
-        samples.setdefault(index, {})[sample] = line
-    done = {index for index, have in samples.items() if set(range(n)) <= set(have)}
-    return done, [line for index in sorted(done) for _, line in sorted(samples[index].items())]
-
-
-@contextmanager
-def open_output(out: Path | None, kept: list[str], resume: bool) -> Iterator[IO[str]]:
-    """The JSONL to write to.  Raises ArgumentError before any work is done."""
-    if out is None:
-        yield sys.stdout
-        return
-    try:
-        if resume and kept:
-            partial = out.with_name(out.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            partial.replace(out)  # in one move: an interruption here loses nothing
-        with out.open("a" if resume and kept else "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise ArgumentError(f"--out cannot be written: {error}") from None
 
 
 def run_generate(
@@ -81,32 +43,53 @@ def run_generate(
     one_for_all: all prompts share a Distiller.
     run_json: also write what ``esamp report`` shows, of this call's samples.
     """
-    texts = read_prompts(prompts, prompts_file)
+    asked = read_prompts(prompts, prompts_file)
+    check_utf8("--stop", stop)
     if run_json is not None:
         check_writable(run_json, "--run-json")
+    if out is not None:
+        check_writable(out, "--out")
+    check_apart({"--prompts": prompts_file, "--out": out, "--run-json": run_json})
     if resume and out is None:
         raise ArgumentError("--resume needs --out FILE")
     if resume and one_for_all:
         raise ArgumentError("--resume cannot go on where all prompts share a Distiller, which this preset does")
-    done, kept = finished_prompts(out, texts, n) if resume and out is not None else (set(), [])
-    todo = [i for i in range(len(texts)) if i not in done]
-    with open_output(out, kept, resume) as file:
-        if not todo:
-            print(f"esamp: all {len(texts)} prompts are finished in {out}", file=sys.stderr)
-            return
+    settings = outputs.settings_of(
+        model_name=model_name,
+        params=params,
+        config=config,
+        neutral=neutral,
+        one_for_all=one_for_all,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+    )
+    # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
+    per_prompt = seeded_params(params, len(asked))
+    finished = outputs.Finished(set(), [], [])
+    if resume and out is not None:
+        seeds = None if params.seed is None else [p.seed for p in per_prompt]
+        finished = outputs.read_finished(out, asked, settings, seeds)
+    todo = [i for i in range(len(asked)) if i not in finished.prompts]
+    if todo:
         model, tokenizer = load_model(model_name, dtype, device)
+        settings |= outputs.settings_of_model(model)
+        outputs.check_models(out, finished, settings)
+    if out is not None and finished.places:
+        outputs.keep_only(out, finished.places)
+    if not todo:
+        print(f"esamp: all {len(asked)} prompts are finished in {out}", file=sys.stderr)
+        return
+    with outputs.open_output(out, append=bool(finished.places)) as write_line:
 
         def write(generation: Generation) -> None:
-            entry = asdict(replace(generation, prompt_index=todo[generation.prompt_index]))
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
+            index = todo[generation.prompt_index]
+            write_line(outputs.line_of(replace(generation, prompt_index=index), asked[index], settings))
 
-        per_prompt = seeded_params(params, len(texts))
         try:
             generations = Decoder(model, tokenizer, config=config, neutral=neutral).generate(
-                [texts[i] for i in todo],
+                [asked[i].prompt for i in todo],
                 n=n,
-                # By place in the whole list, so that a resumed run draws what an uninterrupted one would have drawn.
                 params=[per_prompt[i] for i in todo],
                 groups=["all"] * len(todo) if one_for_all else None,
                 max_new_tokens=max_new_tokens,
@@ -122,8 +105,8 @@ def run_generate(
             raise ArgumentError(
                 f"{error}; the embedded model reads '3 7 3 5 -> 41 :', --model names another"
             ) from error
-        if run_json is not None:
-            _run_file(generations, tokenizer, model_name, params).write(run_json)
+    if run_json is not None:
+        _run_file(generations, tokenizer, model_name, params).write(run_json)
 
 
 def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str, params: SamplingParams) -> RunFile:
@@ -133,10 +116,10 @@ def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str
     for g in generations:
         label = g.prompt if g.prompt is not None else f"prompt {g.prompt_index}"
         tokens = [tokenizer.decode([t]) for t in g.token_ids]
-        sample = SampleText(name, tokens, list(g.novelty))
+        sample = SampleText(name, tokens, [_known(x) for x in g.novelty])
         prompts.setdefault(g.prompt_index, PromptSamples(label, [])).samples.append(sample)
     steps = max((len(g.token_ids) for g in generations), default=0)
-    columns = [[g.kl[t] for g in generations if len(g.kl) > t] for t in range(steps)]
+    columns = [[_known(g.kl[t]) for g in generations if len(g.kl) > t] for t in range(steps)]
     return RunFile(
         title=f"{model_name}: {len(generations)} samples of {len(prompts)} prompts",
         about={k: str(v) for k, v in asdict(params).items()},
@@ -144,3 +127,8 @@ def _run_file(generations: Sequence[Generation], tokenizer: Any, model_name: str
         steps=[StepSeries(name, [sum(c) / len(c) for c in columns], [])],
         kl_is=EXACT_KL,
     )
+
+
+def _known(number: float) -> float:
+    """A run file has no infinite numbers."""
+    return number if math.isfinite(number) else math.nan

@@ -2,17 +2,23 @@
 
 Series colours come from CSS variables, a light and a dark set; every series is also named in a legend and on hover
 (``<title>``), and the numbers stand in a table below each chart, so that colour alone carries nothing.
+
+What a model wrote is text of a stranger: it is escaped, cut where a token or a name has no end, and characters that a
+reader would not see, or that change the order of others, are shown as ``\\u202e``.
 """
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from esamp_core.base.errors import ArgumentError
+from esamp_core.base.files import write_text
 from esamp_core.report.run_file import Curve, PromptSamples, RunFile, SampleText
 
 WIDTH, HEIGHT = 420, 260  # small, so that labels stay readable where the chart shrinks to a phone
@@ -22,6 +28,9 @@ LIGHT = ("#2a6fbb", "#d1495b", "#2e8b57", "#b8860b", "#7b52ab", "#00868b", "#c65
 DARK = ("#7db4f0", "#f28b98", "#79cf9f", "#e3bd56", "#bfa0e6", "#5fcfd4", "#f2a35e", "#aab4bd")
 DASHES = ("", "7 4", "2 3")
 SHADES = 5  # of novelty, by quantile
+MOST_TOKEN, MOST_TEXT = 1_000, 100_000  # characters that are shown of a token or a name; of a prompt
+# Control characters but tab and line feed, those that embed, override and isolate directions, halves of characters.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1d2329;--soft:#5c6770;--line:#d9dee3;--card:#f5f7f9;
@@ -49,9 +58,16 @@ summary{cursor:pointer;padding:6px 0}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:10px}
 .sample{background:var(--card);border-radius:8px;padding:10px}
 .sample h3{font-size:.85rem;margin:0 0 6px;color:var(--soft);font-weight:600}
+.sample span,summary code{unicode-bidi:isolate}
 .sample code{font:14px/1.7 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .good{color:var(--good)}.bad{color:var(--bad)}
 """
+
+
+def escape(text: str, most: int = MOST_TOKEN) -> str:
+    """Text for a page or an attribute."""
+    cut = f"{text[:most]}... ({len(text)} characters)" if len(text) > most else text
+    return html.escape(UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", cut))
 
 
 def page(run: RunFile) -> str:
@@ -61,13 +77,15 @@ def page(run: RunFile) -> str:
     parts = [f"<h1>{escape(run.title)}</h1>"]
     if run.about:
         parts.append("<p>" + " · ".join(f"{escape(k)} {escape(v)}" for k, v in run.about.items()) + "</p>")
-    if run.curves:
-        parts.append(_section("Pass@k", _pass_chart(run.curves), "Bars: 95 % bootstrap intervals over problems."))
-    losses = [Line(s.sampler, [*range(1, len(s.loss) + 1)], s.loss) for s in run.steps if s.loss]
-    if losses:
+    if any(c.k for c in run.curves):
+        parts.append(
+            _section(
+                "Pass@k", _pass_chart([c for c in run.curves if c.k]), "Bars: 95 % bootstrap intervals over problems."
+            )
+        )
+    if losses := _known_lines((s.sampler, s.loss) for s in run.steps):
         parts.append(_section("Distiller error per step", _chart(losses, "step", "relative squared error"), ""))
-    divergences = [Line(s.sampler, [*range(1, len(s.kl) + 1)], s.kl) for s in run.steps if s.kl]
-    if divergences:
+    if divergences := _known_lines((s.sampler, s.kl) for s in run.steps):
         parts.append(_section("KL per step", _chart(divergences, "step", "KL, nats"), run.kl_is))
     if run.prompts:
         parts.append("<h2>Samples</h2>")
@@ -102,6 +120,16 @@ class Line(NamedTuple):
     high: list[float] | None = None
 
 
+def _known_lines(series: Iterable[tuple[str, Sequence[float]]]) -> list[Line]:
+    """Numbers per step, from 1; those that are NaN are left out, and series without any other."""
+    lines = []
+    for name, y in series:
+        known = [(x, value) for x, value in enumerate(y, 1) if math.isfinite(value)]
+        if known:
+            lines.append(Line(name, [x for x, _ in known], [value for _, value in known]))
+    return lines
+
+
 def _stroke(i: int) -> str:
     dash = DASHES[i // len(LIGHT) % len(DASHES)]
     return f'stroke="var(--s{i % len(LIGHT)})"' + (f' stroke-dasharray="{dash}"' if dash else "")
@@ -120,8 +148,8 @@ def _chart(lines: Sequence[Line], x_title: str, y_title: str, log_x: bool = Fals
 
     xs = sorted({x for line in lines for x in line.x})
     first, last = across(xs[0]), across(xs[-1])
-    highest = top or max((y for line in lines for y in line.y), default=0.0) * 1.05 or 1.0
-    lowest = min(0.0, min((y for line in lines for y in line.y), default=0.0))
+    lowest = min(0.0, *(y for line in lines for y in line.y))
+    highest = top or max(0.0, *(y for line in lines for y in line.y)) * 1.05 or (1.0 if lowest == 0 else 0.0)
 
     def at(x: float, y: float) -> tuple[float, float]:
         place = (across(x) - first) / (last - first) if last > first else 0.5
@@ -169,12 +197,15 @@ def _series(i: int, line: Line, at: Callable[[float, float], tuple[float, float]
 
 
 def _numbers(lines: Sequence[Line], xs: Sequence[int], x_title: str) -> str:
-    def cell(line: Line, x: int) -> str:
-        return f"{line.y[line.x.index(x)]:.3g}" if x in line.x else ""
+    values = [dict(zip(line.x, line.y, strict=True)) for line in lines]
+
+    def cell(i: int, x: int) -> str:
+        return f"{values[i][x]:.3g}" if x in values[i] else ""
 
     head = "".join(f"<th>{x}</th>" for x in xs)
     rows = "".join(
-        f"<tr><td>{escape(line.name)}</td>{''.join(f'<td>{cell(line, x)}</td>' for x in xs)}</tr>" for line in lines
+        f"<tr><td>{escape(line.name)}</td>{''.join(f'<td>{cell(i, x)}</td>' for x in xs)}</tr>"
+        for i, line in enumerate(lines)
     )
     return (
         f'<details><summary>Numbers</summary><div class="scroll"><table><tr><th>{escape(x_title)}</th>{head}</tr>'
@@ -183,8 +214,8 @@ def _numbers(lines: Sequence[Line], xs: Sequence[int], x_title: str) -> str:
 
 
 def _novelty_edges(prompts: Sequence[PromptSamples]) -> list[float]:
-    """Bounds between the shades: quantiles of what is not 0, which stands for "not scored"."""
-    values = sorted(v for p in prompts for s in p.samples for v in s.novelty if v)
+    """Bounds between the shades: quantiles of what is known and not 0, which stands for "not scored"."""
+    values = sorted(v for p in prompts for s in p.samples for v in s.novelty if v and math.isfinite(v))
     return [values[len(values) * i // SHADES] for i in range(1, SHADES)] if values else []
 
 
@@ -192,7 +223,7 @@ def _prompt(prompt: PromptSamples, edges: Sequence[float], first: bool) -> str:
     cards = "".join(_sample(s, edges) for s in prompt.samples)
     is_open = " open" if first else ""
     return (
-        f"<details{is_open}><summary><code>{escape(prompt.prompt)}</code></summary>"
+        f"<details{is_open}><summary><code>{escape(prompt.prompt, MOST_TEXT)}</code></summary>"
         f'<div class="samples">{cards}</div></details>'
     )
 
@@ -200,17 +231,22 @@ def _prompt(prompt: PromptSamples, edges: Sequence[float], first: bool) -> str:
 def _sample(sample: SampleText, edges: Sequence[float]) -> str:
     tokens = []
     for token, novelty in zip(sample.tokens, sample.novelty, strict=True):
-        shade = sum(novelty >= edge for edge in edges) if novelty else 0
-        tokens.append(f'<span class="n{shade}" title="novelty {novelty:.2f}">{escape(token)}</span>')
+        shade = sum(novelty >= edge for edge in edges) if novelty else 0  # NaN is above none
+        said = f"{novelty:.4g}" if math.isfinite(novelty) else "unknown"
+        tokens.append(f'<span class="n{shade}" title="novelty {said}">{escape(token)}</span>')
     mark = {True: '<span class="good">✓ right</span>', False: '<span class="bad">✗ wrong</span>', None: ""}
     head = f"<h3>{escape(sample.sampler)} {mark[sample.correct]}</h3>"
     return f'<article class="sample">{head}<code>{" ".join(tokens)}</code></article>'
 
 
-def run_report(source: Path, out: Path) -> None:
-    """Read run.json, write the page.  Raises ArgumentError."""
+def run_report(source: Path, out: Path | None = None) -> Path:
+    """Read run.json, write the page beside it or to ``out``, whole or not at all.  Returns its path.
+
+    Raises ArgumentError, in one line.
+    """
     run = RunFile.read(source)
-    try:
-        out.write_text(page(run), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"--out cannot be written: {error}") from None
+    target = source.with_suffix(".html") if out is None else out
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise ArgumentError(f"--out must be another file than the run, got {target}")
+    write_text(target, page(run), "--out")
+    return target
