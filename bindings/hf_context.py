@@ -41,10 +41,10 @@ class ModelContext:
             self._entered, self._used = True, False
             return self
         except BaseException:
-            whole(self._leave)
+            whole(self._untap)
             raise
 
-    def _leave(self) -> None:
+    def _untap(self) -> None:
         self._entered = False
         self._taps.__exit__(None, None, None)
         _explored.discard(self._parts.model)
@@ -52,15 +52,20 @@ class ModelContext:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        whole(self._leave)
+        whole(self._untap)
         # An error while closing would hide the one that led here.
         with contextlib.nullcontext() if error is None else contextlib.suppress(EsampError):
-            self._close()
+            whole(self._close)
         if error is None and not self._used:
             self._check_unused()
 
+    def leave(self) -> None:
+        """What leaving the context does, again: for an interrupt that came while it was being left."""
+        whole(self._untap)
+        whole(self._close)
+
     def _close(self) -> None:
-        """The latest generate is over."""
+        """The latest generate is over.  May be done again."""
 
     def _check_unused(self) -> None:
         """Nothing explored in the context.  Raises StateError if something should have."""

@@ -121,7 +121,8 @@ class Decoder:
     explorer: one to use instead of making one per call; it then brings config, filter_order, max_candidates, neutral.
 
     Raises UnsupportedModelError (encoder-decoder, several devices, offloaded, no head that can be read) and
-    ArgumentError.  Not thread-safe.
+    ArgumentError.  One thread at a time: with a model or an Explorer that another thread is using, ``generate`` raises
+    StateError at once.
     """
 
     def __init__(
@@ -297,11 +298,13 @@ class Decoder:
         output = Output(self.tokenizer, len(queue), n, stop_ids, strings, on_token, on_result, progress)
         # Kernels and captures go to the current device.
         on_device = torch.cuda.device(parts.device) if parts.device.type == "cuda" else nullcontext()
+        taps = Taps(self.model, parts)
         with on_device, closing(output), explorer.alone():
             try:
-                with Taps(self.model, parts) as taps:
+                with taps:
                     run.loop(taps, output)
-            finally:
+            finally:  # also where an interrupt comes while the taps' context is being left
+                taps.remove()
                 run.close()
         return output.results()
 

@@ -47,7 +47,8 @@ class Explorer(Learned):
     lane: where learning runs; default a second CUDA stream, or in line on the CPU.
     device: the Explorer's, where there is no head.
 
-    Not thread-safe.  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
+    One thread at a time: a verb that meets another thread's raises StateError.  Every verb is all or nothing, whatever
+    is raised in it (docs/semantics.md).  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from esamp_core.base.atomic import whole
 from esamp_core.base.checks import check_tensor, is_int, require
 from esamp_core.base.config import SamplingParams
 from esamp_core.base.errors import ArgumentError, StateError
@@ -151,7 +152,7 @@ class Rows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end()
+        whole(self.end)
 
     @verb
     def end(self) -> None:

@@ -22,8 +22,8 @@ from esamp_core.base.tensors import Head
 from esamp_core.models.parts import HEAD_TOLERANCE, ModelParts
 from esamp_core.reference import transform_scores
 
-_tapped_by: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
-"""The threads in which a model is tapped now."""
+_tapped_by: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Taps]] = weakref.WeakKeyDictionary()
+"""By what a model is tapped now."""
 
 
 class Tapped(NamedTuple):
@@ -43,7 +43,7 @@ class Taps:
     def __init__(self, model: nn.Module, parts: ModelParts) -> None:
         self._model, self._parts = model, parts
         self._handles: list[RemovableHandle] = []
-        self._entered: list[int] = []  # the thread, while entered
+        self._thread = 0  # that entered
         self._shallow: list[Tensor] = []
         self._deep: list[Tensor] = []
         self._on_shallow: Callable[[Tensor], None] | None = None
@@ -59,12 +59,10 @@ class Taps:
 
     def __enter__(self) -> Taps:
         """Raises StateError where another thread has tapped the model: forwards would meet each other's taps."""
-        thread = threading.get_ident()
         try:
-            threads = _tapped_by.setdefault(self._parts.model, [])
-            threads.append(thread)
-            self._entered.append(thread)
-            if set(threads) != {thread}:
+            self._thread = threading.get_ident()
+            _tapped_by.setdefault(self._parts.model, weakref.WeakSet()).add(self)
+            if {taps._thread for taps in _tapped_by[self._parts.model]} != {self._thread}:
                 raise StateError(
                     f"{type(self._parts.model).__name__} is in use in another thread; give each its own, or let them "
                     "take turns"
@@ -83,14 +81,17 @@ class Taps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off, if any are there."""
         whole(self._remove)
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()  # may be done again
         self._handles.clear()
-        while self._entered:
-            _tapped_by[self._parts.model].remove(self._entered.pop())
+        _tapped_by.get(self._parts.model, weakref.WeakSet[Taps]()).discard(self)
 
     def _tap_shallow(self, module: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
