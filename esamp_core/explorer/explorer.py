@@ -48,7 +48,8 @@ class Explorer(Learned):
     device: the Explorer's, where there is no head.
 
     One thread at a time: a verb that meets another thread's raises StateError.  Every verb is all or nothing, whatever
-    is raised in it (docs/semantics.md).  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated in place.
+    is raised in it (docs/semantics.md).  Needs grad mode nowhere, but not ``torch.inference_mode``: weights are updated
+    in place.
     """
 
     def __init__(

@@ -103,10 +103,24 @@ def fitting(bank: DistillerBank, head: Head | None, saved: Any, where: str = "st
     check_tensors(
         {"scale": saved["scale"]}, {"scale": Kept((), torch.float32, Within(POSITIVE.least, nan=True))}, where
     )
+    _check_known(saved["scale"], tensors, where)
     known = saved.get("head")
     if head is not None and known is not None and not same_head(known, head_sample(head.weight)):
         raise ArgumentError(f"{where} must be of this model, got one saved with another head")
     return Saved(groups, saved["scale"], tensors)
+
+
+def _check_known(scale: Tensor, tensors: Mapping[str, Tensor], where: str) -> None:
+    """What is NaN before lessons is known after them.  Raises ArgumentError."""
+    taught = tensors["updates"] > 0
+    unknown = [name for name in ("loss", "first_loss") if bool(torch.isnan(tensors[name])[taught].any())]
+    compared = tensors["gauge.steps"] > 1 if "gauge.steps" in tensors else taught & False
+    unknown += [
+        n for n in ("gauge.error", "gauge.baseline") if n in tensors and bool(torch.isnan(tensors[n])[compared].any())
+    ]
+    if bool(torch.isnan(scale)) and bool((taught | (tensors["nonfinite"] > 0)).any()):
+        unknown.append("scale")
+    require(not unknown, where, "know after lessons what is not known before them", ", ".join(unknown) + " NaN")
 
 
 def _range_of(name: str) -> Within:
