@@ -84,3 +84,7 @@ def test_a_step_of_rows_that_are_gone_stands_in_nobodys_way() -> None:
     explorer.predict(taps(1)[0], other)
     explorer.close(other)
     explorer.predict(taps(1)[0], mine)
+    del mine  # an interrupt between two verbs, say
+    assert explorer.open_rows == 0
+    other = explorer.open(["b"], PARAMS)
+    explorer.predict(taps(1)[0], other)

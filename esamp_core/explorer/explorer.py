@@ -23,7 +23,7 @@ from esamp_core.explorer.ledger import LARGEST_INDEX, Ledger, OnFull, verb
 from esamp_core.explorer.rows import Rows
 from esamp_core.explorer.siblings import distinct_sets
 from esamp_core.explorer.start import check_start
-from esamp_core.explorer.steps import Step, Steps
+from esamp_core.explorer.steps import Steps
 from esamp_core.explorer.streams import Lane, default_lane
 from esamp_core.ops import backend_name, warm_up
 from esamp_core.ops.arguments import check_mixed_out
@@ -203,7 +203,7 @@ class Explorer(Learned):
                 self.ledger.was_readied(mine)
         else:
             self._learner.flush()
-        self._steps.now = Step(rows)
+        self._steps.begin(rows)
 
     @verb
     def prediction(self, rows: Rows) -> Tensor:

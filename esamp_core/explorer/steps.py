@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +16,7 @@ from esamp_core.explorer.rows import Rows
 class Step:
     """A step that ``predict`` has begun and ``learn`` has not ended."""
 
-    rows: Rows
+    of: weakref.ref[Rows]  # rows that nobody holds are closed, also in the middle of a step
     done: Literal["", "mixed", "sampled"] = ""
     drawn: Tensor | None = None  # int64 [R], -1 in rows that had ended
 
@@ -28,10 +29,14 @@ class Steps:
 
     def of(self, rows: Rows) -> Step | None:
         """The step that was begun with predict for these very rows."""
-        return self.now if self.now is not None and self.now.rows is rows else None
+        return self.now if self.now is not None and self.now.of() is rows else None
+
+    def begin(self, rows: Rows) -> None:
+        self.now = Step(weakref.ref(rows))
 
     def check_learned(self) -> None:
-        if self.now is not None and self.now.rows.current:
+        rows = None if self.now is None else self.now.of()
+        if rows is not None and rows.current:
             raise StateError(
                 "predict was called again before learn; every step must be learned (lr=0 freezes), one at a time"
             )
