@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,37 @@ def test_a_fault_in_a_step_costs_its_requests_their_exploration_and_nobody_else(
     again = generate(llm, [named(i) for i in range(3)])
     assert len(captured) == sum(len(sample) for output in again for sample in output)
     assert again != generate(plain, [params(i) for i in range(3)])
+
+
+def test_a_fault_in_a_newcomers_first_step_costs_it_alone(
+    qwen3: str, captured: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others lose that step, and explore on."""
+    core = make_llm(qwen3, {}).llm_engine
+    real, faults = vllm_mixing.Explorer.predict, []
+
+    def predict(explorer: Any, shallow: Any, rows: Any) -> None:
+        if len({*rows.groups} - {None}) == 3 and not faults:
+            faults.append(1)
+            raise RuntimeError("a fault")
+        real(explorer, shallow, rows)
+
+    monkeypatch.setattr(vllm_mixing.Explorer, "predict", predict)
+    outputs: dict[int, list[int]] = {}
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            for done in core.step() if core.has_unfinished_requests() else ():
+                outputs[int(done.request_id)] = list(done.outputs[0].token_ids)
+
+    for i in range(3):
+        given = named(i, max_tokens=12, ignore_eos=True)
+        core.add_request(str(i), {"prompt_token_ids": tokenise(PROMPTS[i])}, given)
+        run(4 if i == 1 else 0 if i == 0 else 40)
+    assert [len(outputs[i]) for i in range(3)] == [12] * 3
+    assert faults and caplog.text.count("a step failed; 1 of its requests") == 1
+    rows = Counter(row.group for row in captured)
+    assert rows == {0: 11, 1: 11}
 
 
 def test_a_request_that_cannot_join_costs_itself_alone(
