@@ -283,9 +283,7 @@ def test_a_state_without_a_gauge_is_refused() -> None:
     gated, ungated = (make(DistillerConfig(rank=4, deep_scale=1.0, gate=gate)) for gate in (True, False))
     for explorer in (gated, ungated):
         explorer.close(explorer.open(["a"], PARAMS, retain=True))
-    with pytest.raises(
-        ArgumentError, match=r"state must hold the gate's tensors .* saved with gate=False"
-    ):
+    with pytest.raises(ArgumentError, match=r"state must hold the gate's tensors .* saved with gate=False"):
         make(DistillerConfig(rank=4, deep_scale=1.0)).load_state_dict(ungated.state_dict())
     other = make(DistillerConfig(rank=4, deep_scale=1.0, gate=False))
     other.load_state_dict(gated.state_dict())
