@@ -95,8 +95,9 @@ def reweight(
     untouched logits where ``logits`` were edited (penalties, bans); default the candidates' own.
     neutral: take from novelty its regression on the candidates' logits under ``softmax(logits / temperature)``: a small
     beta then changes the entropy neither way, ``dH/dbeta = -Cov_p(novelty, log p) = 0``.
-    Rows with beta 0 come back bit-equal.  Rows whose novelty is not finite come back unexplored and flagged.  In
-    capped rows the scored logits are shifted by one number that keeps their base probability mass.
+    Rows with beta 0 come back bit-equal.  Rows whose novelty, or largest new logit, is not finite come back unexplored
+    and flagged; other new logits are no less than the least float32.  In capped rows the scored logits are shifted by
+    one number that keeps their base probability mass.
 
     Returns :class:`Reweighted`.  Raises ArgumentError.
     """

@@ -108,15 +108,23 @@ def taken(growth: Growth, draw: Draw, children: Children, logits: Tensor, model_
             (children.novelty, first.novelty),
         )
     )  # fmt: skip
+    least = torch.finfo(torch.float32).min
     if model_logits is None:  # what is taken from a logit is known from that of the drawn token
-        mine, best = (logits[parent, ids.clamp_min(0)].float() for ids in (token_ids, first.token_ids))
-        base_logprob = first.base_logprob + torch.where(mine == best, 0.0, mine - best)
+        mine, best = (logits[parent, ids.clamp_min(0)].double() for ids in (token_ids, first.token_ids))
+        further = torch.where(mine == best, 0.0, mine - best)
+        base_logprob = (first.base_logprob.double() + further).clamp(least, 0.0).float()
     else:
         x = model_logits.float()
         x = torch.where(torch.isnan(x), -torch.inf, x)
         infinite = (x == torch.inf).any(-1, keepdim=True)
         x = torch.where(infinite, torch.where(x == torch.inf, 0.0, -torch.inf), x)
-        base_logprob = x[parent, token_ids.clamp_min(0)] - x.logsumexp(-1)[parent]
+        top = x.amax(-1, keepdim=True)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        # Apart: their sum would swallow the second where the first is large.
+        rest = (x - top).logsumexp(-1).double()
+        mine = x[parent, token_ids.clamp_min(0)].double()
+        base_logprob = (mine - top[:, 0].double()[parent] - rest[parent]).clamp_min(least).float()
+        base_logprob = torch.where(mine == -torch.inf, -torch.inf, base_logprob)
     return Draw(
         torch.where(drawn, token_ids, -1),
         torch.where(drawn, logprob, 0.0),

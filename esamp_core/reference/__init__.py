@@ -3,13 +3,7 @@
 Same names and signatures as in ``esamp_core.sample``, which documents them and checks arguments.
 """
 
-from esamp_core.reference.candidates import (
-    clean_logits,
-    invalid_params,
-    kept_mask,
-    scale_logits,
-    select_candidates,
-)
+from esamp_core.reference.candidates import clean_logits, invalid_params, kept_mask, scale_logits, select_candidates
 from esamp_core.reference.distiller import (
     distiller_forward,
     distiller_norm_,
@@ -21,7 +15,8 @@ from esamp_core.reference.distiller import (
     warm_up_mixing,
 )
 from esamp_core.reference.gauge import gauge_
-from esamp_core.reference.sampling import draw, explore, replay, reweight, score_candidates, transform_scores
+from esamp_core.reference.sampling import draw, explore, replay, reweight
+from esamp_core.reference.scores import score_candidates, transform_scores
 from esamp_core.reference.siblings import children, grow
 
 __all__ = [

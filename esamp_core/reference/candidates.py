@@ -18,7 +18,7 @@ from esamp_core.base.tensors import Candidates, RowParams, Status
 
 NEG_INF = float("-inf")
 LAST_ID = 2**31 - 1
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 ABSENT = -(2**63)  # sorts below every key
 _SUM_BLOCK = 4096
 _CHUNK = 2**18  # elements at a time on a CPU: 1 MiB of float32, which stays in its cache
@@ -80,17 +80,31 @@ def filter_temperature(params: RowParams) -> Tensor:
 def scale_logits(x: Tensor, params: RowParams) -> Tensor:
     """logits / temperature of cleaned logits, kept finite where x is."""
     scaled = x / filter_temperature(params)
-    clamped = scaled.clamp(-_LARGEST, _LARGEST) + 0.0  # a tiny quotient may be -0.0
+    clamped = scaled.clamp(-LARGEST, LARGEST) + 0.0  # a tiny quotient may be -0.0
     # Only where -inf came out does it matter whether -inf went in.
     rows = (scaled.amin(-1) == NEG_INF).nonzero()[:, 0]
     return clamped.index_copy(0, rows, clamped[rows].masked_fill(x[rows] == NEG_INF, NEG_INF))
 
 
+def relative(x: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
+    """(x - top) / temperature."""
+    # Of halves: the difference of two float32 may be twice what float32 holds.  Otherwise the bits are the same.
+    return (0.5 * x - 0.5 * top) / (0.5 * temperature)
+
+
 def log_sum_exp(x: Tensor) -> Tensor:
     """log sum exp along the row, summed in blocks of a fixed size; -inf for an empty row."""
+    top, rest = top_and_log_sum(x)
+    return top + rest
+
+
+def top_and_log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest number of every row (0 for -inf), and log sum exp of the row less it, which their sum may swallow."""
     top = x.amax(-1, keepdim=True)
     top = top.masked_fill(top == NEG_INF, 0.0)
-    return top[:, 0] + torch.log(_blockwise_sum(torch.exp(x - top)))
+    total = _blockwise_sum(torch.exp(x - top))
+    none = total == 0  # apart, for the gradient: that of log 0 is infinite
+    return top[:, 0], torch.log(total.masked_fill(none, 1.0)).masked_fill(none, NEG_INF)
 
 
 def _blockwise_sum(terms: Tensor) -> Tensor:
@@ -174,7 +188,7 @@ def kept_mask(
     if token_ids is None:
         token_ids = torch.arange(scaled.shape[-1], device=scaled.device).expand(scaled.shape)
     floor = _floor(scaled.amax(-1), params)
-    least = _kth_largest(scaled, params.top_k).clamp_min(-_LARGEST)
+    least = _kth_largest(scaled, params.top_k).clamp_min(-LARGEST)
     if filter_order == "vllm":
         least = torch.maximum(least, floor)
     kept = _top_p_mask(scaled, scaled >= least[:, None], params.top_p, token_ids, mass)
@@ -215,7 +229,7 @@ def _narrow(logits: Tensor, params: RowParams, off: Tensor, filter_order: Filter
     # Scaling keeps the order, so a block's largest scaled logit is that of its largest logit.
     scaled_maxima = scale_logits(maxima, params)
     bound, mass = _lower_bound(x, scaled_maxima, params, filter_order)
-    bound = bound.masked_fill(off, float("inf")).clamp_min(-_LARGEST)[:, None]
+    bound = bound.masked_fill(off, float("inf")).clamp_min(-LARGEST)[:, None]
 
     ids = torch.arange(size, device=x.device).expand(rows, size)
     chosen = _places(scaled_maxima >= bound)
@@ -256,7 +270,7 @@ def _lower_bound(
 
 def _nucleus_bound(scaled: Tensor, weight: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
     """[R]: a number such that the tokens not below it have at least top_p of the mass; a histogram's, so not tight."""
-    top = scaled.amax(-1, keepdim=True).clamp_min(-_LARGEST)
+    top = scaled.amax(-1, keepdim=True).clamp_min(-LARGEST)
     bins = ((top - scaled) * _BINS_PER_NAT).clamp_max(_BINS - 1).long()
     above = torch.zeros(len(mass), _BINS, dtype=torch.float64, device=mass.device).scatter_add_(-1, bins, weight)
     enough = above.cumsum(-1) > (top_p.double() + 1e-9)[:, None] * mass[:, None]

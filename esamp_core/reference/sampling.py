@@ -1,4 +1,4 @@
-"""Scoring, reweighting and the draw in plain PyTorch.
+"""Reweighting and the draw in plain PyTorch.
 
 On CUDA these functions may wait for the device (they choose work by looking at values); the Triton backend never does.
 A row's bits do not depend on its batchmates: every reduction runs along the row in one order, or in blocks of a fixed
@@ -24,51 +24,22 @@ from esamp_core.base.philox import (
 )
 from esamp_core.base.tensors import Candidates, Draw, Head, Reweighted, RowParams, Status
 from esamp_core.reference.candidates import (
+    LARGEST,
     LAST_ID,
     NEG_INF,
     clean_logits,
     filter_temperature,
     join_rows,
     log_sum_exp,
+    relative,
     row_chunks,
     scale_logits,
     select_candidates,
+    top_and_log_sum,
 )
-
-_SCORE_CHUNK = 2**18  # elements of gathered head rows at a time
-
+from esamp_core.reference.scores import score_candidates
 
 FLAT = 1e-6  # variance of logits under which a row has no slope: all its candidates are as likely as each other
-
-
-def score_candidates(direction: Tensor, head: Head, token_ids: Tensor, *, transform: bool = True) -> Tensor:
-    rows, width = token_ids.shape
-    local = token_ids - head.vocab_start
-    present = (token_ids >= 0) & (local >= 0) & (local < head.vocab_size)
-    local = local.clamp(0, head.vocab_size - 1)
-    dots = torch.zeros(rows, width, dtype=torch.float32, device=direction.device)
-    used = present.any(0).nonzero()[:, 0]  # columns that some row has a candidate in
-    chunk = max(1, _SCORE_CHUNK // max(1, used.numel() * head.hidden_size))
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        v = direction[part].float()
-        ids = local[part][:, used]
-        vectors = head.weight.index_select(0, ids.flatten()).view(*ids.shape, head.hidden_size).float()
-        scores = (vectors * v[:, None]).sum(-1)
-        if head.center is not None:
-            scores -= (head.center.float() * v).sum(-1, keepdim=True)
-        dots[part] = dots[part].index_copy(1, used, scores)
-    if head.bias is not None:
-        dots += head.bias.float()[local]
-    dots = torch.where(present, dots, 0.0)
-    return transform_scores(dots, head) if transform else dots
-
-
-def transform_scores(dots: Tensor, head: Head) -> Tensor:
-    scores = dots * head.scale
-    if head.softcap is not None:
-        scores = head.softcap * torch.tanh(scores / head.softcap)
-    return scores if head.clip is None else scores.clamp(-head.clip, head.clip)
 
 
 def reweight(
@@ -89,53 +60,67 @@ def reweight(
     top = logits.max(-1).values.masked_fill(~present[:, 0], 0.0)[:, None]
     finite = torch.isfinite(novelty)
     if neutral:
-        novelty = torch.where(finite, _neutral(novelty, logits - top, t, present & finite), novelty)
-    reweighted = logits + params.beta[:, None] * novelty
+        novelty = torch.where(finite, _neutral(novelty, 0.5 * logits - 0.5 * top, t, present & finite), novelty)
+    # Here and below of halves, as in `relative`: terms may be more than float32 holds, and their sum less again.
+    reweighted = 2 * (0.5 * logits + params.beta[:, None] * (0.5 * novelty))
 
     explored = (params.beta != 0) & (status & (Status.POS_INF_LOGITS | Status.INVALID_PARAMS) == 0)
-    # What the draw exponentiates must be finite too: a finite novelty may overflow when divided by the temperature.
-    finite = finite & torch.isfinite(novelty) & torch.isfinite((reweighted - top) / t)
-    broken = explored & (present & ~finite).any(-1)
+    new_top = reweighted.masked_fill(~present, NEG_INF).amax(-1, keepdim=True)
+    # Others may be too low for float32: they have no probability.  The largest may not, nor too high.
+    lost_top = ~torch.isfinite(new_top)[:, 0] & present.any(-1)
+    broken = explored & (lost_top | (present & ~torch.isfinite(novelty)).any(-1))
     status = status | broken.int() * Status.NONFINITE_NOVELTY
     use = (explored & ~broken)[:, None] & present
-    reweighted, novelty = torch.where(use, reweighted, logits), torch.where(use, novelty, 0.0)
+    reweighted = torch.where(use, reweighted.clamp_min(-LARGEST), logits)
+    novelty = torch.where(use, novelty, 0.0)
 
     # A common offset of novelty must not promote or bury the tail beyond the cap: shift the scored logits so that
     # they keep their base probability mass.  Greedy rows never draw from the tail and need no shift.
     shifted = ((status & Status.CAPPED != 0) & (params.temperature > 0))[:, None]
-    top, new_top = (torch.where(shifted, m, 0.0) for m in (top, reweighted.max(-1, keepdim=True).values))
-    lost = log_sum_exp((logits - top) / t) - log_sum_exp((reweighted - new_top) / t)
+    new_top = reweighted.amax(-1, keepdim=True).masked_fill(~present[:, :1], 0.0)
+    lost = log_sum_exp(relative(logits, top, t)) - log_sum_exp(relative(reweighted, new_top, t))
     # The offset goes first: added last, a huge one would swallow the differences between candidates.
-    kept_mass = (reweighted - new_top) + (top + t * lost[:, None])
-    reweighted = torch.where(shifted & use, kept_mass, reweighted)
+    kept_mass = 2 * ((0.5 * reweighted - 0.5 * new_top) + (0.5 * top + 0.5 * t * lost[:, None]))
+    reweighted = torch.where(shifted & use, kept_mass.clamp_min(-LARGEST), reweighted)
     return Reweighted(reweighted, novelty, status.int())
 
 
 def _neutral(novelty: Tensor, below: Tensor, t: Tensor, present: Tensor) -> Tensor:
     """What is left of novelty [R, C] after its regression on the logits under p = softmax(logits / t).
 
-    below: logits less the row's largest.  dH/dbeta = -Cov_p(novelty, log p) is then 0.
+    below: half of logits less the row's largest.  dH/dbeta = -Cov_p(novelty, log p) is then 0.
     """
-    below, novelty = torch.where(present, below, 0.0), torch.where(present, novelty, 0.0)
-    weight = torch.where(present, torch.exp(below / t), 0.0)
+    # The largest of each row is taken off first, or of what they have in common its rounding would be left.
+    below, half = torch.where(present, below, 0.0), torch.where(present, 0.5 * novelty, NEG_INF)
+    half = torch.where(present, half - half.amax(-1, keepdim=True), 0.0)
+    weight = torch.where(present, torch.exp(below / (0.5 * t)), 0.0)
     p = weight / weight.sum(-1, keepdim=True).clamp_min(1.0)
     below = below - (p * below).sum(-1, keepdim=True)
-    novelty = novelty - (p * novelty).sum(-1, keepdim=True)
-    slope = (p * novelty * below).sum(-1, keepdim=True) / (p * below.square()).sum(-1, keepdim=True).clamp_min(FLAT)
-    return novelty - slope * below
+    half = half - (p * half).sum(-1, keepdim=True)
+    # The product first: the square alone may be more than float32 holds where p is 0.
+    slope = (p * half * below).sum(-1, keepdim=True) / (p * below * below).sum(-1, keepdim=True).clamp_min(FLAT / 4)
+    return 2 * (half - slope * below)
 
 
 class Support:
-    """What a row can draw of its listed candidates, as z = (logit - the row's largest logit) / temperature, [R, C]."""
+    """What a row can draw of its listed candidates, as z = (logit - the largest) / temperature, [R, C]."""
 
     def __init__(self, candidates: Candidates, new: Tensor, params: RowParams) -> None:
         # Subtracting the top before dividing keeps float32 fine where draws are decided.
         # The first candidate need not be it: division by the temperature may round or clamp logits to one number.
         absent = candidates.token_ids < 0
-        self.top = candidates.logits.amax(-1, keepdim=True).masked_fill(absent[:, :1], 0.0)
+        self.top, new_top = (
+            x.amax(-1, keepdim=True).masked_fill(absent[:, :1], 0.0)
+            for x in (candidates.logits, new.masked_fill(absent, NEG_INF))
+        )
+        # New logits have a top of their own, or what novelty has in common would swallow the noise and log sum exp.
+        # A tail is compared with them, and they were shifted so that they can be.
+        shared = ((candidates.status & Status.CAPPED != 0) & (params.temperature > 0))[:, None]
         t = filter_temperature(params)
-        self.base = ((candidates.logits - self.top) / t).masked_fill(absent, NEG_INF)
-        self.scored = ((new - self.top) / t).masked_fill(absent, NEG_INF)
+        # Finite: what was too far below for float32 may be likely now, and KL tells from how far.
+        self.base = relative(candidates.logits, self.top, t).clamp_min(-LARGEST).masked_fill(absent, NEG_INF)
+        none = absent | (new == NEG_INF)
+        self.scored = relative(new, torch.where(shared, self.top, new_top), t).masked_fill(none, NEG_INF)
 
     def z_of(self, token_ids: Tensor, candidates: Candidates) -> Tensor:
         """z [R] of one token per row; -inf where it is not listed."""
@@ -171,7 +156,7 @@ def _tail(candidates: Candidates, top: Tensor, logits: Tensor, params: RowParams
         part_params = params.take(rows)
         x, _ = clean_logits(logits[rows])
         in_tail = tail_mask(scale_logits(x, part_params), Candidates(*(f[rows] for f in candidates)))
-        z = ((x - top[rows]) / filter_temperature(part_params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
+        z = relative(x, top[rows], filter_temperature(part_params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
         mass = log_sum_exp(z)
         perturbed, token = pick(z, mass, rows)
         token_z = z.gather(-1, token.clamp_min(0)[:, None])[:, 0].masked_fill(token < 0, NEG_INF)
@@ -226,9 +211,11 @@ def _base_logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
     parts = [torch.zeros(0, dtype=torch.float32, device=logits.device)]
     for part in row_chunks(logits.shape[0], logits.shape[1], logits.device):
         x, _ = clean_logits(logits[part])
-        total = log_sum_exp(x)
-        total = total.masked_fill(total == NEG_INF, 0.0)  # nothing but -inf in model_logits: no -inf - -inf
-        parts.append(x.gather(-1, token_ids[part].clamp_min(0)[:, None])[:, 0] - total)
+        top, rest = top_and_log_sum(x)
+        own = x.gather(-1, token_ids[part].clamp_min(0)[:, None])[:, 0]
+        # model_logits may be -inf, of the token or throughout: no -inf - -inf
+        logprob = (relative(own, top, torch.ones_like(top)) - rest).clamp_min(-LARGEST)
+        parts.append(torch.where(own == NEG_INF, NEG_INF, logprob))
     return torch.cat(parts)
 
 
@@ -300,14 +287,15 @@ def draw(
     logprob = z.index_copy(0, tail.rows, torch.where(wins, tail.z, z[tail.rows])) - mass
     p = torch.exp(support.scored - mass[:, None])
     gain = torch.where(p > 0, support.scored - support.base, 0.0)
-    kl = (p * gain).sum(-1) + base_mass - mass
+    # Clamped: where the tokens likely now were 1e38 nats below the top, their mean may be more than float32 holds.
+    kl = ((p * gain).sum(-1) + base_mass - mass).clamp(0.0, LARGEST)
     stochastic = drawn & ~greedy
     return Draw(
         token_ids=token,
         logprob=torch.where(stochastic, logprob, 0.0),
         base_logprob=torch.where(drawn, _base_logprob(logits if model_logits is None else model_logits, token), 0.0),
         novelty=novelty,
-        kl=torch.where(stochastic, kl, 0.0).clamp_min(0.0),
+        kl=torch.where(stochastic, kl, 0.0),
         count=candidates.count,
         status=status,
     )
@@ -332,8 +320,7 @@ def explore(
     candidates = select_candidates(
         logits, params, filter_order=filter_order, max_candidates=max_candidates, active=active
     )
-    unexplored = Reweighted(candidates.logits, torch.zeros_like(candidates.logits), candidates.status)
-    reweighted = unexplored
+    reweighted = _unexplored(candidates)
     if direction is not None and head is not None:
         # beta = 0 rows are not scored at all: they cost nothing, and 0 * inf cannot arise.
         rows = (params.beta != 0).nonzero()[:, 0]
@@ -343,8 +330,12 @@ def explore(
         explored = reweight(
             part, projection, params.take(rows), model_logits=original, model_weight=model_weight, neutral=neutral
         )
-        reweighted = Reweighted(*(u.index_copy(0, rows, e) for u, e in zip(unexplored, explored, strict=True)))
+        reweighted = Reweighted(*(u.index_copy(0, rows, e) for u, e in zip(reweighted, explored, strict=True)))
     return draw(candidates, reweighted, logits, params, seed, position, codes=codes, model_logits=model_logits)
+
+
+def _unexplored(candidates: Candidates) -> Reweighted:
+    return Reweighted(candidates.logits, torch.zeros_like(candidates.logits), candidates.status)
 
 
 def _gather(table: Tensor, token_ids: Tensor) -> Tensor:
@@ -366,7 +357,21 @@ def replay(
     candidates = select_candidates(logits, params, filter_order=filter_order, max_candidates=max_candidates)
     original = None if model_logits is None else _gather(model_logits, candidates.token_ids)
     projection = _gather(distilled, candidates.token_ids)
-    new = reweight(candidates, projection, params, model_logits=original, model_weight=model_weight, neutral=neutral)
+
+    def explored(part: Candidates, rows: Tensor) -> Reweighted:
+        own = None if original is None else original[rows]
+        return reweight(
+            part, projection[rows], params.take(rows), model_logits=own, model_weight=model_weight, neutral=neutral
+        )
+
+    # Only what is explored: numbers that are not used, and not finite, would make the gradient NaN.
+    new = _unexplored(candidates)
+    with torch.no_grad():
+        rows = (params.beta != 0).nonzero()[:, 0]
+        broken = explored(Candidates(*(f[rows] for f in candidates)), rows).status & Status.NONFINITE_NOVELTY != 0
+        rows = rows[~broken]
+    found = explored(Candidates(*(f[rows] for f in candidates)), rows)
+    new = Reweighted(*(u.index_copy(0, rows, e) for u, e in zip(new, found, strict=True)))
     support = Support(candidates, new.logits, params)
     known = token_ids.masked_fill(token_ids >= logits.shape[1], -1)
     tail = _tail(candidates, support.top, logits, params, lambda z, mass, rows: (z[:, 0], known[rows]))

@@ -25,6 +25,7 @@ from esamp_core.reference.candidates import (
     descending,
     filter_temperature,
     ordered,
+    relative,
     row_chunks,
     scale_logits,
 )
@@ -111,7 +112,7 @@ def _first_of_tail(
     """Of capped rows, the tokens beyond the listed ones, as :func:`_first` gives them, as far as they beat a number."""
     x, _ = clean_logits(logits)
     in_tail = tail_mask(scale_logits(x, params), candidates)
-    z = ((x - top) / filter_temperature(params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
+    z = relative(x, top, filter_temperature(params)).clamp_max(0.0).masked_fill(~in_tail, NEG_INF)
     near = (z >= to_beat[:, None] - LARGEST_GUMBEL).any(0)
     near[0] = True  # at least one column
     some = near.nonzero()[:, 0].expand(len(z), -1)
@@ -127,7 +128,9 @@ def grow(children: Children, tree: Tree, families: Tensor, active: Tensor, seed:
     own = tree.perturbed[rows].masked_fill(~real, NEG_INF)  # which its best child inherits
     noisy = children.perturbed[rows].double()
     others = _given_the_best(own[..., None], tree.logprob[rows][..., None] + noisy, noisy - noisy[..., :1])[..., 1:]
-    others = others.masked_fill(~running[..., None], NEG_INF)
+    # -inf - -inf, of rows that hold or draw nothing, would come before every number.
+    nothing = ~(running & (own > NEG_INF))[..., None] | (noisy[..., 1:] == NEG_INF)
+    others = others.masked_fill(nothing, NEG_INF)
     best, index = torch.cat([own, others.flatten(1)], 1).topk(width, dim=-1)
     column = torch.arange(width, device=own.device).expand_as(index)
     chosen = (best > NEG_INF) & (column < real.sum(-1, keepdim=True))

@@ -23,6 +23,7 @@ from esamp_core.kernels.sampling.row import (
     NO_KEY,
     NO_PACKED,
     POS_INF_LOGITS,
+    as_float32,
     clean,
     filter_temperature,
     load_logits,
@@ -30,6 +31,7 @@ from esamp_core.kernels.sampling.row import (
     pack,
     packed_id,
     packed_key,
+    relative,
     scale,
     unordered,
 )
@@ -44,7 +46,7 @@ def _tail_z(x, ids, t, top, threshold_key, tie_id, last_key, last_id):
     keys = ordered(scale(x, t))
     kept = (keys > threshold_key) | ((keys == threshold_key) & (ids >= tie_id))
     after_list = (keys < last_key) | ((keys == last_key) & (ids > last_id))
-    z = tl.div_rn(x - top, tl.zeros_like(x) + t)
+    z = relative(x, top, t)
     z = tl.where(z > 0.0, 0.0, z)  # where scaling rounded or clamped logits to one number
     return tl.where(kept & after_list & (keys > NO_KEY), z, float("-inf"))
 
@@ -95,7 +97,8 @@ def _children_kernel(
     top = tl.max(tl.load(chosen_ptr + at, mask=lane < width, other=float("-inf")), 0)
     new = tl.load(new_ptr + at, mask=present, other=float("-inf"))
     novelty = tl.load(novelty_ptr + at, mask=present, other=0.0)
-    z = tl.where(present, tl.div_rn(new - top, tl.zeros_like(new) + t), float("-inf"))
+    z_top = tl.where((status & CAPPED) != 0, top, tl.max(new, 0))
+    z = tl.where(present & (new != float("-inf")), relative(new, z_top, t), float("-inf"))
     noise = gumbel(token_bits(tl.where(present, ids, 0), seed, position))
     packed = tl.where(z > float("-inf"), pack(ordered(z + noise), ids), NO_PACKED)
     best = tl.sort(packed, descending=True)
@@ -137,7 +140,7 @@ def _children_kernel(
             start += TILE
         is_token = packed_key(best) >= LEAST_KEY
         tokens = packed_id(best)
-        x = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf")).to(tl.float32)
+        x = as_float32(tl.load(row_ptr + tokens, mask=is_token, other=float("-inf")))
         tail_z = _tail_z(clean(x, has_pos_inf), tokens, t, top, threshold_key, tie_id, last_key, last_id)
 
     is_token = inside & (packed_key(best) >= LEAST_KEY)

@@ -1,4 +1,6 @@
-"""draw: one token per row, the argmax of z + Gumbel noise, z = (new logit - largest logit) / temperature.
+"""draw: one token per row, the argmax of z + Gumbel noise, z = (new logit - largest new logit) / temperature.
+
+In a capped row it is the largest logit, which the logits of the tail are compared with.
 
 One program per row, over its listed candidates and what `tail` left of the others.  With a projection the candidates
 are reweighted here first (`explore`); without one their new logits are read (`draw`).  Also the row's numbers:
@@ -18,7 +20,16 @@ import triton.language as tl
 
 from esamp_core.kernels.philox import code_uniform, gumbel, token_bits
 from esamp_core.kernels.sampling.reweight import reweight
-from esamp_core.kernels.sampling.row import CAPPED, LAST_ID, clean, filter_temperature, log_sum
+from esamp_core.kernels.sampling.row import (
+    CAPPED,
+    FLOAT_MAX,
+    LAST_ID,
+    as_float32,
+    clean,
+    filter_temperature,
+    log_sum,
+    relative,
+)
 from esamp_core.kernels.tuning import Config, power_of_2
 
 
@@ -89,7 +100,7 @@ def _draw_kernel(
         original = logits
         if HAS_MODEL:
             safe_ids = tl.where(present & (ids < V), ids, 0)
-            original = tl.load(raw_ptr + row * stride_rr + safe_ids, mask=present, other=0.0).to(tl.float32)
+            original = as_float32(tl.load(raw_ptr + row * stride_rr + safe_ids, mask=present, other=0.0))
         projection = tl.load(projection_ptr + at, mask=present, other=0.0)
         beta = tl.load(beta_ptr + row)
         new, novelty, status = reweight(
@@ -100,10 +111,15 @@ def _draw_kernel(
         novelty = tl.load(novelty_ptr + at, mask=inside, other=0.0)
     tl.store(new_status_ptr + row, status)
 
-    divisor = tl.zeros_like(logits) + t
     top = tl.max(logits, 0)  # the first need not be it: scaling may round or clamp logits to one number
-    base = tl.where(present, tl.div_rn(logits - top, divisor), float("-inf"))
-    scored = tl.where(present, tl.div_rn(new - top, divisor), float("-inf"))
+    base = relative(logits, top, t)
+    # Finite: what was too far below for float32 may be likely now, and KL tells from how far.
+    base = tl.where(present, tl.where(base < -FLOAT_MAX, -FLOAT_MAX, base), float("-inf"))
+    # New logits have a top of their own, or what novelty has in common would swallow the noise and log sum exp.
+    # A tail is compared with them, and they were shifted so that they can be.
+    has_tail = ((status & CAPPED) != 0) & (greedy == 0)
+    new_top = tl.where(has_tail, top, tl.max(tl.where(present, new, float("-inf")), 0))
+    scored = tl.where(present & (new != float("-inf")), relative(new, new_top, t), float("-inf"))
     base_max = tl.max(base, 0)
     scored_max = tl.max(scored, 0)
     scored_ref = tl.where(scored_max == float("-inf"), 0.0, scored_max)
@@ -121,7 +137,7 @@ def _draw_kernel(
     tail_z = best
     tail_token = token
     rest = tl.full((), 0.0, tl.float64)
-    if ((status & CAPPED) != 0) & (greedy == 0):
+    if has_tail:
         tile = tl.arange(0, TILES)
         in_tiles = tile < tiles
         tail_best = tl.load(best_ptr + row * tiles + tile, mask=in_tiles, other=float("-inf"))
@@ -136,7 +152,8 @@ def _draw_kernel(
         tail_token = top_id
         token = tl.where(tail_wins, top_id, token)
         # log sum exp of each set with the tail.
-        tail_mass = log_sum(tail_max, tail_sum)
+        tail_top, tail_rest = log_sum(tail_max, tail_sum)
+        tail_mass = tail_top + tail_rest
         rest = tl.exp(tail_mass.to(tl.float64) - scored_ref.to(tl.float64))
         high = tl.maximum(base_mass, tail_mass)
         base_mass = high + tl.log(tl.exp(base_mass - high) + tl.exp(tail_mass - high))
@@ -159,15 +176,20 @@ def _draw_kernel(
     split = tl.arange(0, SPLITS)
     raw_max = tl.load(raw_max_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
     raw_sum = tl.load(raw_sum_ptr + row * splits + split, mask=split < splits, other=0.0)
-    raw = clean(tl.load(raw_ptr + row * stride_rr + safe_token).to(tl.float32), tl.max(raw_max, 0) == float("inf"))
-    total = log_sum(raw_max, raw_sum)
-    base_logprob = raw - tl.where(total == float("-inf"), 0.0, total)  # model_logits may be -inf throughout
+    raw = clean(as_float32(tl.load(raw_ptr + row * stride_rr + safe_token)), tl.max(raw_max, 0) == float("inf"))
+    raw_top, raw_rest = log_sum(raw_max, raw_sum)
+    # model_logits may be -inf, of the token or throughout: no -inf - -inf
+    base_logprob = relative(raw, raw_top, 1.0) - raw_rest
+    base_logprob = tl.where(base_logprob < -FLOAT_MAX, -FLOAT_MAX, base_logprob)
+    base_logprob = tl.where(raw == float("-inf"), raw, base_logprob)
 
     drawn = present & (ids == token)
     z = tl.max(tl.where(drawn, scored, float("-inf")), 0)
     z = tl.where(tail_wins, tail_z, z)
     p = tl.exp(scored - mass)
+    # Clamped: where the tokens likely now were 1e38 nats below the top, their mean may be more than float32 holds.
     kl = tl.sum(tl.where(p > 0.0, p * (scored - base), 0.0), 0) + base_mass - mass
+    kl = tl.where(kl > FLOAT_MAX, FLOAT_MAX, kl)
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logprob_ptr + row, tl.where(greedy, 0.0, z - mass))
     tl.store(base_logprob_ptr + row, base_logprob)

@@ -21,6 +21,7 @@ from esamp_core.kernels.sampling.row import (
     LEAST_KEY,
     NO_PACKED,
     POS_INF_LOGITS,
+    as_float32,
     clean,
     ordered,
     packed_id,
@@ -40,7 +41,7 @@ def store_listing(
     kept = (packed != NO_PACKED) & ((keys > threshold_key) | ((keys == threshold_key) & (ids >= tie_id)))
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     listed = kept & (place < width)
-    x = tl.load(logits_row_ptr + tl.where(listed, ids, 0), mask=listed, other=0.0).to(tl.float32)
+    x = as_float32(tl.load(logits_row_ptr + tl.where(listed, ids, 0), mask=listed, other=0.0))
     x = clean(x, has_pos_inf)
     tl.store(ids_ptr + place, ids.to(tl.int64), mask=listed)
     tl.store(chosen_ptr + place, x, mask=listed)

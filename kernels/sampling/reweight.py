@@ -16,10 +16,13 @@ import triton.language as tl
 
 from esamp_core.kernels.sampling.row import (
     CAPPED,
+    FLOAT_MAX,
     INVALID_PARAMS,
     NONFINITE_NOVELTY,
     POS_INF_LOGITS,
+    as_float32,
     filter_temperature,
+    relative,
 )
 from esamp_core.kernels.tuning import Config, power_of_2
 
@@ -40,16 +43,20 @@ def _log_sum_exp(x):
 
 @triton.jit
 def _neutral(novelty, below, t, present):
-    """Novelty less its regression on the logits; below: logits less the largest."""
+    """Novelty less its regression on the logits; below: half of logits less the largest."""
+    # The largest of each is taken off first, or of what they have in common its rounding would be left.
     below = tl.where(present, below, 0.0)
-    novelty = tl.where(present, novelty, 0.0)
-    weight = tl.where(present, tl.exp(tl.div_rn(below, t)), 0.0)
+    half = tl.where(present, 0.5 * novelty, float("-inf"))
+    half = tl.where(present, half - tl.max(half, 0), 0.0)
+    weight = tl.where(present, tl.exp(tl.div_rn(below, tl.zeros_like(below) + 0.5 * t)), 0.0)
     total = tl.sum(weight, 0)
     p = weight / tl.where(total < 1.0, 1.0, total)
     below = below - tl.sum(p * below, 0)
-    novelty = novelty - tl.sum(p * novelty, 0)
+    half = half - tl.sum(p * half, 0)
+    # The product first: the square alone may be more than float32 holds where p is 0.
     variance = tl.sum(p * below * below, 0)
-    return novelty - tl.sum(p * novelty * below, 0) / tl.where(variance < FLAT, FLAT, variance) * below
+    slope = tl.sum(p * half * below, 0) / tl.where(variance < FLAT / 4, FLAT / 4, variance)
+    return 2.0 * (half - slope * below)
 
 
 @triton.jit
@@ -58,26 +65,31 @@ def reweight(
 ):  # fmt: skip
     """New logits, novelty and status of one row; candidates that are not `present` have logit -inf."""
     novelty = model_weight * original - projection
-    t = tl.zeros_like(logits) + filter_temperature(temperature)
+    t = filter_temperature(temperature)
     top = tl.max(logits, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     finite = _is_finite(novelty)
     if NEUTRAL:
-        novelty = tl.where(finite, _neutral(novelty, logits - top, t, present & finite), novelty)
-    new = logits + beta * novelty
+        novelty = tl.where(finite, _neutral(novelty, 0.5 * logits - 0.5 * top, t, present & finite), novelty)
+    # Here and below of halves, as in `relative`: terms may be more than float32 holds, and their sum less again.
+    new = 2.0 * (0.5 * logits + beta * (0.5 * novelty))
     explored = (beta != 0.0) & ((status & (POS_INF_LOGITS | INVALID_PARAMS)) == 0)
-    # What the draw exponentiates must be finite too: a finite novelty may overflow when divided by the temperature.
-    finite = finite & _is_finite(novelty) & _is_finite(tl.div_rn(new - top, t))
-    broken = explored & (tl.max((present & (finite == 0)).to(tl.int32), 0) != 0)
+    # Others may be too low for float32: they have no probability.  The largest may not, nor too high.
+    too_high = present & (new == float("inf"))
+    bad = too_high | (present & (_is_finite(novelty) == 0))
+    can_be_drawn = present & (new > float("-inf"))
+    lost_top = (tl.max(present.to(tl.int32), 0) != 0) & (tl.max(can_be_drawn.to(tl.int32), 0) == 0)
+    broken = explored & (lost_top | (tl.max(bad.to(tl.int32), 0) != 0))
     status = status | tl.where(broken, NONFINITE_NOVELTY, 0)
     use = tl.where(explored & (broken == 0), present, False)
-    new = tl.where(use, new, logits)
+    new = tl.where(use, tl.where(new < -FLOAT_MAX, -FLOAT_MAX, new), logits)
     novelty = tl.where(use, novelty, 0.0)
     if ((status & CAPPED) != 0) & (temperature > 0.0):
         new_top = tl.max(new, 0)
-        lost = _log_sum_exp(tl.div_rn(logits - top, t)) - _log_sum_exp(tl.div_rn(new - new_top, t))
+        lost = _log_sum_exp(relative(logits, top, t)) - _log_sum_exp(relative(new, new_top, t))
         # The offset goes first: added last, a huge one would swallow the differences between candidates.
-        new = tl.where(use, (new - new_top) + (top + t * lost), new)
+        shifted = 2.0 * ((0.5 * new - 0.5 * new_top) + (0.5 * top + 0.5 * t * lost))
+        new = tl.where(use, tl.where(shifted < -FLOAT_MAX, -FLOAT_MAX, shifted), new)
     return new, novelty, status
 
 
@@ -96,7 +108,7 @@ def _reweight_kernel(
     logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
     original = logits
     if HAS_ORIGINAL:
-        original = tl.load(original_ptr + row * stride_or + lane * stride_oc, mask=inside, other=0.0).to(tl.float32)
+        original = as_float32(tl.load(original_ptr + row * stride_or + lane * stride_oc, mask=inside, other=0.0))
     projection = tl.load(projection_ptr + row * stride_pr + lane * stride_pc, mask=inside, other=0.0).to(tl.float32)
     new, novelty, status = reweight(
         logits, original, projection, present,

@@ -1,14 +1,20 @@
 """What every kernel means by a logit: cleaned, divided by the temperature, and as an integer of the same order.
 
+Relative: ``(x - top) / temperature``, what a draw exponentiates; -inf only where that is below float32.
+
 Cleaned: NaN is -inf, -0.0 is +0.0, and in a row that holds +inf those tokens are 0 and all others -inf.
 Scaled: ``cleaned / temperature`` rounded as IEEE says, so that every backend compares the very same numbers.
 Ordered: the float32 bits as an int32 that compares as the float does; ``NO_KEY`` is -inf and below every finite one.
 Packed: ``ordered << 32 | LAST_ID - token id``, an int64 whose descending order is "most likely, then lowest id".
 """
 
+import os
+
 import triton
 import triton.language as tl
 
+# Triton's interpreter takes the least bfloat16 numbers for others, or for 0; compiled they are right.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LAST_ID = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-2139095041)  # ordered(-inf)
 LEAST_KEY = tl.constexpr(-2139095040)  # ordered(-float32.max), the least key of a token that can be drawn
@@ -26,9 +32,17 @@ INACTIVE = tl.constexpr(64)
 
 
 @triton.jit
+def as_float32(x):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load_logits(row_ptr, offsets, mask):
     """Raw logits as float32, -inf where masked.  All tiles are read here, where `make check-kernels` looks."""
-    return tl.load(row_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+    return as_float32(tl.load(row_ptr + offsets, mask=mask, other=float("-inf")))
 
 
 @triton.jit
@@ -52,6 +66,13 @@ def scale(x, temperature):
 def filter_temperature(temperature):
     """Greedy rows are filtered at temperature 1.  Values out of range become 1 too: their rows draw nothing."""
     return tl.where((temperature > 0.0) & (temperature <= FLOAT_MAX), temperature, 1.0)
+
+
+@triton.jit
+def relative(x, top, temperature):
+    """(x - top) / temperature."""
+    # Of halves: the difference of two float32 may be twice what float32 holds.  Otherwise the bits are the same.
+    return tl.div_rn(0.5 * x - 0.5 * top, tl.zeros_like(x) + 0.5 * temperature)
 
 
 @triton.jit
@@ -82,11 +103,12 @@ def packed_id(packed):
 
 @triton.jit
 def log_sum(maxima, sums):
-    """log sum exp from partial sums: part i holds ``sum exp(x - maxima[i])``; -inf if there is nothing.
+    """The largest x (0 for none) and log sum exp of x less it, from partial sums; their sum may swallow the second.
 
-    Parts whose maximum is +inf hold a count of +inf logits, which are 0 once cleaned."""
+    Part i holds ``sum exp(x - maxima[i])``; the log is -inf if there is nothing.  Parts whose maximum is +inf hold a
+    count of +inf logits, which are 0 once cleaned."""
     top = tl.max(maxima, 0)
     weight = tl.where(maxima == top, 1.0, tl.exp(maxima - top))
     total = tl.sum(tl.where(maxima == float("-inf"), 0.0, weight * sums), 0)
     finite_top = tl.where((top == float("-inf")) | (top == float("inf")), 0.0, top)
-    return finite_top + tl.log(total)
+    return finite_top, tl.log(total)

@@ -24,6 +24,7 @@ from esamp_core.kernels.sampling.row import (
     filter_temperature,
     load_logits,
     ordered,
+    relative,
     scale,
 )
 from esamp_core.kernels.tuning import Config, power_of_2
@@ -59,7 +60,7 @@ def _tail_kernel(
 
     lane = tl.arange(0, WIDTH)
     top = tl.max(tl.load(chosen_ptr + row * width + lane, mask=lane < width, other=float("-inf")), 0)
-    z = tl.div_rn(x - top, tl.zeros_like(x) + t)
+    z = relative(x, top, t)
     z = tl.where(z > 0.0, 0.0, z)  # where scaling rounded or clamped logits to one number
     z = tl.where(in_tail, z, float("-inf"))
     noise = gumbel(tile_bits(first_id, tl.load(seed_ptr + row), tl.load(position_ptr + row), TILE))
