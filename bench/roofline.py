@@ -203,7 +203,7 @@ def ways() -> list[Way]:
             through=("perturbed = ",),
             without=(
                 "_draw_kernel: if tl.load(count_ptr + row) == 0",
-                f"_draw_kernel: {capped} (greedy == 0)",
+                "_draw_kernel: if has_tail",
                 "log_sum",
                 f"reweight: {capped} (temperature > 0.0)",
                 "_log_sum_exp",
