@@ -35,9 +35,14 @@ def _is_finite(x):
 
 
 @triton.jit
-def _log_sum_exp(x):
+def _top(x):
     top = tl.max(x, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _log_sum_exp(x):
+    top = _top(x)
     return top + tl.log(tl.sum(tl.exp(x - top), 0))
 
 
@@ -66,10 +71,9 @@ def reweight(
     """New logits, novelty and status of one row; candidates that are not `present` have logit -inf."""
     novelty = model_weight * original - projection
     t = filter_temperature(temperature)
-    top = tl.max(logits, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
     finite = _is_finite(novelty)
     if NEUTRAL:
+        top = _top(logits)
         novelty = tl.where(finite, _neutral(novelty, 0.5 * logits - 0.5 * top, t, present & finite), novelty)
     # Here and below of halves, as in `relative`: terms may be more than float32 holds, and their sum less again.
     new = 2.0 * (0.5 * logits + beta * (0.5 * novelty))
@@ -85,6 +89,7 @@ def reweight(
     new = tl.where(use, tl.where(new < -FLOAT_MAX, -FLOAT_MAX, new), logits)
     novelty = tl.where(use, novelty, 0.0)
     if ((status & CAPPED) != 0) & (temperature > 0.0):
+        top = _top(logits)
         new_top = tl.max(new, 0)
         lost = _log_sum_exp(relative(logits, top, t)) - _log_sum_exp(relative(new, new_top, t))
         # The offset goes first: added last, a huge one would swallow the differences between candidates.
