@@ -46,7 +46,7 @@ class ModelContext:
 
     def _untap(self) -> None:
         self._entered = False
-        self._taps.__exit__(None, None, None)
+        self._taps.remove()
         _explored.discard(self._parts.model)
 
     def __exit__(

@@ -19,6 +19,7 @@ from esamp_core.base.files import read_safetensors, write_safetensors
 from esamp_core.base.schema import Kept, Within, check_tensors, parse, read_json
 from esamp_core.base.tensors import DistillerWeights
 from esamp_core.calibration.config import CalibrationConfig
+from esamp_core.explorer.start import kept_weights
 
 FORMAT = "esamp-calibration-work-1"
 LARGEST_TOKEN = 2**31 - 1
@@ -66,7 +67,10 @@ class Work:
         self.sequences: list[DrawnSequence] = []
         self.fit: Fit | None = None
         if path.exists():
-            self._read()
+            try:
+                self._read()
+            except ArgumentError as error:
+                raise ArgumentError(f"{error}; remove {path} to start anew") from None
 
     def save(self) -> None:
         about = About(
@@ -85,12 +89,9 @@ class Work:
 
     def _read(self) -> None:
         path, where = self._path, f"the work file {self._path}"
-        try:
-            tensors, metadata = read_safetensors(path, "the work file")
-            require(metadata.get("format") == FORMAT, where, "be one of `esamp calibrate`", metadata.get("format"))
-            about = parse(About, read_json(metadata.get("about", ""), where), where)
-        except ArgumentError as error:
-            raise ArgumentError(f"{error}; remove {path} to start anew") from None
+        tensors, metadata = read_safetensors(path, "the work file")
+        require(metadata.get("format") == FORMAT, where, "be one of `esamp calibrate`", metadata.get("format"))
+        about = parse(About, read_json(metadata.get("about", ""), where), where)
         now = asdict(self._config)
         others = [
             f"{name} {then!r}, now {now[name]!r}" for name, then in asdict(about.config).items() if then != now[name]
@@ -98,22 +99,18 @@ class Work:
         others += ["another model"] if about.model != self._model else []
         others += ["other prompts, or another tokenizer"] if about.prompts != self._digest else []
         if others:
-            raise ArgumentError(f"{path} belongs to another run ({'; '.join(others)}); remove it to start anew")
-        try:
-            self._take(tensors, about, where)
-        except ArgumentError as error:
-            raise ArgumentError(f"{error}; remove {path} to start anew") from None
+            raise ArgumentError(f"{path} belongs to another run ({'; '.join(others)})")
+        self._take(tensors, about, where)
 
     def _take(self, tensors: dict[str, Tensor], about: About, where: str) -> None:
-        h, r = self._hidden_size, self._config.rank
-        shapes = DistillerWeights((h, r), (h, r), (r, h), (r,), (h,), (h,))  # type: ignore[arg-type]
         wanted = {
             "tokens": Kept((None,), torch.int64, Within(0, LARGEST_TOKEN)),
             "sequences": Kept((None, 3), torch.int64, Within(0, LARGEST_TOKEN)),
         }
         for kind in ("weights", "mean", "square") if about.step else ():
             within = Within(0.0) if kind == "square" else Within()
-            wanted |= {f"{kind}.{k}": Kept(shape, torch.float32, within) for k, shape in shapes._asdict().items()}
+            kept = kept_weights(self._hidden_size, self._config.rank, within)
+            wanted |= {f"{kind}.{name}": one for name, one in kept.items()}
         check_tensors(tensors, wanted, where)
         sizes: list[list[int]] = tensors["sequences"].tolist()
         tokens: list[int] = tensors["tokens"].tolist()

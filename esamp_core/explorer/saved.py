@@ -113,11 +113,10 @@ def fitting(bank: DistillerBank, head: Head | None, saved: Any, where: str = "st
 def _check_known(scale: Tensor, tensors: Mapping[str, Tensor], where: str) -> None:
     """What is NaN before lessons is known after them.  Raises ArgumentError."""
     taught = tensors["updates"] > 0
-    unknown = [name for name in ("loss", "first_loss") if bool(torch.isnan(tensors[name])[taught].any())]
-    compared = tensors["gauge.steps"] > 1 if "gauge.steps" in tensors else taught & False
-    unknown += [
-        n for n in ("gauge.error", "gauge.baseline") if n in tensors and bool(torch.isnan(tensors[n])[compared].any())
-    ]
+    known = {"loss": taught, "first_loss": taught}
+    if "gauge.steps" in tensors:
+        known |= dict.fromkeys(("gauge.error", "gauge.baseline"), tensors["gauge.steps"] > 1)
+    unknown = [name for name, groups in known.items() if bool(torch.isnan(tensors[name])[groups].any())]
     if bool(torch.isnan(scale)) and bool((taught | (tensors["nonfinite"] > 0)).any()):
         unknown.append("scale")
     require(not unknown, where, "know after lessons what is not known before them", ", ".join(unknown) + " NaN")

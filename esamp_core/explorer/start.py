@@ -101,12 +101,11 @@ def _read_start(path: str, hidden_size: int, rank: int) -> tuple[DistillerWeight
     if "up" in tensors and tuple(tensors["up"].shape) != (hidden_size, rank):  # the mistake that people make
         got = tuple(tensors["up"].shape)
         raise ArgumentError(f"start must be for H={hidden_size} and rank={rank}, got {got} in {path!r}")
-    h, r, known = hidden_size, rank, metadata.get("target", "deep")
-    shapes = DistillerWeights((h, r), (h, r), (r, h), (r,), (h,), (h,))  # type: ignore[arg-type]
-    wanted = {name: Kept(shape, torch.float32) for name, shape in shapes._asdict().items()}
+    known = metadata.get("target", "deep")
     # Files of earlier versions have not all of these.
-    others = {"mean": Kept((h,), torch.float32), "head": Kept((None, None), torch.float32)}
-    check_tensors(tensors, wanted | {name: others[name] for name in others.keys() & tensors.keys()}, where)
+    others = {"mean": Kept((hidden_size,), torch.float32), "head": Kept((None, None), torch.float32)}
+    wanted = kept_weights(hidden_size, rank, Within()) | {name: others[name] for name in others.keys() & tensors.keys()}
+    check_tensors(tensors, wanted, where)
     require(known == "deep", f"target in {where}", 'be "deep"', known)
     if "deep_scale" in metadata:
         _number(metadata, "deep_scale", POSITIVE, where)
@@ -115,6 +114,13 @@ def _read_start(path: str, hidden_size: int, rank: int) -> tuple[DistillerWeight
         error, baseline = _number(metadata, "error", Within(0.0), where), _number(metadata, "baseline", POSITIVE, where)
         judged = Judged(tensors["mean"], error, baseline)
     return DistillerWeights(*(tensors[name] for name in DistillerWeights._fields)), judged
+
+
+def kept_weights(hidden_size: int, rank: int, within: Within) -> dict[str, Kept]:
+    """What a file must hold of one Distiller's weights, or of numbers of their shapes."""
+    h, r = hidden_size, rank
+    shapes = DistillerWeights((h, r), (h, r), (r, h), (r,), (h,), (h,))  # type: ignore[arg-type]
+    return {name: Kept(shape, torch.float32, within) for name, shape in shapes._asdict().items()}
 
 
 def _number(metadata: Mapping[str, str], name: str, within: Within, where: str) -> float:
